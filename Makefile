@@ -1,0 +1,49 @@
+# Set-up, demo, tests and checks. Every target does its own set-up.
+#   make PYTHON=python3.12 …   builds .venv with that interpreter
+#   make PY=python3 …          uses an interpreter that has everything already, and sets nothing up
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+ifeq ($(origin PY),command line)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Sources come first, so that PY= needs no installed package.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/formats:$(CURDIR)/runtime$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: setup demo test test-slow test-gpu check format clean
+
+setup: $(READY)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev]'
+	touch $@
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow and not gpu" --numprocesses $(WORKERS)
+
+test-slow: $(READY)
+	$(PY) -m pytest -m "slow and not gpu" --numprocesses $(WORKERS) --timeout 3600
+
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu --timeout 1200
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+format: $(READY)
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info demo-out .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find rcpconv formats runtime tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

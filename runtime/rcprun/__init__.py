@@ -1,0 +1,1 @@
+"""Runs `.rcp` files: NumPy and CUDA backends behind one engine. Never imports torch."""
