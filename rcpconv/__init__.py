@@ -1,0 +1,1 @@
+"""Converts Hugging Face LLaMA-family checkpoints to 2-bit `.rcp` files: load, rotate, train, export."""
