@@ -77,8 +77,8 @@ def hadamard_factor(n: int) -> HadamardPlan:
     """The plan for n channels.
 
     An order b is constructible when b = m * 2^s with P_m defined (see paley_matrix); of several m the
-    smallest is taken, so a power of two always has m = 1. `block` is the largest constructible divisor of n: n itself
-    where possible, and 1, the identity, at the least.
+    smallest is taken, so a power of two always has m = 1. `block` is the largest constructible divisor of n:
+    n itself where possible, and 1, the identity, at the least.
     """
     if n < 1:
         raise HadamardError(f"hadamard order: expected a positive number of channels, got {n}")
@@ -151,9 +151,7 @@ def paley_matrix(m: int) -> NDArray[np.int8]:
         matrix = np.ones((1, 1), np.int8)
     else:
         if (found := _paley_field(m)) is None:
-            raise HadamardError(
-                f"P_{m}: no Paley matrix of this order up to {MAX_PALEY_ORDER}; see hadamard_factor"
-            )
+            raise HadamardError(f"P_{m}: no Paley matrix of this order up to {MAX_PALEY_ORDER}; see hadamard_factor")
         kind, p, k = found
         core = np.pad(_jacobsthal(p, k), ((1, 0), (1, 0)), constant_values=1)
         core[0, 0] = 0
@@ -235,8 +233,6 @@ def hadamard_transform(
     y = x.copy() if y is x else y.reshape(x.shape)
     if normalized:
         if norm is None:
-            raise HadamardError(
-                "hadamard_transform: an integer array cannot be normalized; transform a float array"
-            )
+            raise HadamardError("hadamard_transform: an integer array cannot be normalized; transform a float array")
         y *= norm
     return y

@@ -97,7 +97,7 @@ def test_lower_matmul_precision_is_left_as_it_was_set() -> None:
         matmul.fp32_precision = before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("n", [192, 1408, 11008])
 def test_cuda_is_true_float32_under_tf32(n: int) -> None:
     x = torch.randn(64, n, device="cuda")

@@ -151,9 +151,7 @@ def test_every_paley_matrix_is_hadamard() -> None:
     for m in [1] + [m for m in orders if m <= 420 or m in (580, 724, 924, 1020)]:
         p = paley_matrix(m)
         assert p.dtype == np.int8 and p.shape == (m, m) and np.all(np.abs(p) == 1)
-        product_mm = p.astype(np.float32) @ p.T.astype(
-            np.float32
-        )  # sums of at most 1024 terms of ±1 are exact
+        product_mm = p.astype(np.float32) @ p.T.astype(np.float32)  # sums of at most 1024 terms of ±1 are exact
         np.testing.assert_array_equal(product_mm, m * np.eye(m), err_msg=f"P_{m}")
 
 
@@ -185,9 +183,7 @@ def test_paley_matrix_follows_the_text(m: int, p: int, k: int) -> None:
 
 def test_paley_matrices_never_change() -> None:
     """A file's meaning rests on these entries: SHA-256 of the int8 matrices, row by row."""
-    digests = {
-        m: hashlib.sha256(paley_matrix(m).tobytes()).hexdigest()[:16] for m in (12, 28, 52, 100, 344, 924)
-    }
+    digests = {m: hashlib.sha256(paley_matrix(m).tobytes()).hexdigest()[:16] for m in (12, 28, 52, 100, 344, 924)}
     assert digests == {
         12: "db7478025ce74776",
         28: "3ec6c53133760a03",
@@ -275,9 +271,7 @@ def test_any_layout_is_read_and_nothing_is_written_to_the_input() -> None:
         x = base.transpose(1, 2, 0)
         before = x.copy()
         y = hadamard_transform(x, normalized=True)
-        np.testing.assert_allclose(
-            y, before @ dense(hadamard_factor(n)).T / np.sqrt(hadamard_factor(n).block)
-        )
+        np.testing.assert_allclose(y, before @ dense(hadamard_factor(n)).T / np.sqrt(hadamard_factor(n).block))
         np.testing.assert_array_equal(x, before)
         assert not np.shares_memory(x, y)
     assert hadamard_transform(np.zeros((0, 24), np.float32)).shape == (0, 24)
