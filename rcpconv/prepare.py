@@ -144,10 +144,12 @@ def _original_tensors(store: TensorStore, tied: bool, dtype: torch.dtype) -> Ite
         yield "head.weight", store.get("embed.weight", dtype)
 
 
-def original_decoder(source: SourceModel, dtype: torch.dtype = torch.float32) -> Decoder:
+def original_decoder(
+    source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
+) -> Decoder:
     """The unquantized model as it came, in eval mode: the teacher. Weights in dtype; activations between layers float32."""
     parts = FloatParts(architecture=source.architecture, with_gains=True)
-    decoder = Decoder(source.architecture, source.inv_freq, parts, r1=False, r3=False, r4=False)
+    decoder = Decoder(source.architecture, source.inv_freq, parts, r1=False, r3=False, r4=False, options=options)
     for parameter in decoder.parameters():
         parameter.data = parameter.data.to(dtype)
     return _load(decoder, _original_tensors(source.tensors, source.tied_embeddings, dtype)).requires_grad_(False).eval()
