@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not gpu" --numprocesses $(WORKERS)
+	$(PY) -m pytest --numprocesses $(WORKERS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not gpu" --numprocesses $(WORKERS) --timeout 3600
@@ -38,7 +38,7 @@ check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command(["--no-logo"])'
 
 format: $(READY)
 	$(PY) -m ruff check --fix-only --quiet .
