@@ -8,13 +8,12 @@ WORKERS ?= 2
 VENV := .venv
 ifeq ($(origin PY),command line)
 READY :=
+# Run from source: nothing needs to be installed.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/formats:$(CURDIR)/runtime$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
-
-# Sources come first, so that PY= needs no installed package.
-export PYTHONPATH := $(CURDIR):$(CURDIR)/formats:$(CURDIR)/runtime$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: setup demo test test-slow test-gpu check format clean
 
