@@ -33,6 +33,8 @@ class ComputeOptions:
     """Multiply integers in bfloat16 (exact) and run attention in bfloat16. CUDA only."""
     checkpoint_layers: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    dtype: torch.dtype = torch.float32
+    """Of the residual stream and all that follows from it; float64 for the evaluation of a quantized model only."""
 
 
 def rms_norm(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
@@ -228,5 +230,5 @@ class BakedTable(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V) float32."""
         if self.scale is None:
-            return F.linear(half_ste(x), self.weight.float())
+            return F.linear(half_ste(x), self.weight.to(x.dtype))
         return integer_linear(quantize_activations(x, 1.0, 8), self.weight, self.scale, None, self.options.half)

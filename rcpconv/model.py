@@ -63,7 +63,7 @@ class Attention(nn.Module):
             mask = (distance >= 0) & (distance < self.window)
         grouped = self.architecture.num_heads != self.architecture.num_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o(self.o_quantizer(y.transpose(1, 2).flatten(2).float()))  # type: ignore[no-any-return]
+        return self.o(self.o_quantizer(y.transpose(1, 2).flatten(2).to(h_BTC.dtype)))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -149,14 +149,14 @@ class Decoder(nn.Module):
         self.head = self.embed if a.tied_table else parts.table("head")
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (T, D/2) float32 for positions 0..T-1: float64 throughout, rounded once."""
+        """cos and sin, each (T, D/2) for positions 0..T-1: float64 throughout, rounded once, to options.dtype."""
         angle = torch.arange(length, dtype=torch.float64, device=self.inv_freq.device)[:, None] * self.inv_freq
         factor = self.architecture.rope_attention_factor
-        return (angle.cos() * factor).float(), (angle.sin() * factor).float()
+        return (angle.cos() * factor).to(self.options.dtype), (angle.sin() * factor).to(self.options.dtype)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, C) float32: what the head takes."""
-        x = self.embed.embed(tokens_BT)  # type: ignore[operator, union-attr]
+        x = self.embed.embed(tokens_BT).to(self.options.dtype)  # type: ignore[operator, union-attr]
         cos, sin = self.rope(tokens_BT.shape[1])
         for layer in self.layers:
             if self.options.checkpoint_layers and torch.is_grad_enabled():

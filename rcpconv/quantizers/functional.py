@@ -2,7 +2,8 @@
 
 Everything the file will hold (codes, levels, activation codes) appears here as whole numbers inside floating tensors,
 which bfloat16 and float32 represent exactly; scales are applied afterwards in float32. So what is trained is what the
-file says (SPEC.md, "Arithmetic"). Knows nothing of layers or models.
+file says (SPEC.md, "Arithmetic"). Given float64, all of it computes in float64 instead, which shows how much of a
+difference is rounding. Knows nothing of layers or models.
 
 Shape suffixes: M tokens, K in-features, N out-features, D head_dim.
 """
@@ -34,7 +35,7 @@ class _RoundSTE(torch.autograd.Function):
 class _HalfSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.to(torch.float16).to(torch.float32)
+        return x.to(torch.float16).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
@@ -47,7 +48,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def half_ste(x: Tensor) -> Tensor:
-    """Round to the nearest float16 value, kept in float32; the gradient passes straight through."""
+    """Round to the nearest float16 value, kept in x's dtype; the gradient passes straight through."""
     return _HalfSTE.apply(x)  # type: ignore[no-any-return]
 
 
@@ -125,7 +126,7 @@ class _IntegerLinear(torch.autograd.Function):
         kept = torch.bfloat16 if half else torch.float32
         ctx.save_for_backward(codes_MK.to(kept), scale_M1, integers_NK.to(kept), row_scale_N)
         ctx.half = half
-        return sums.mul_(scale_M1).mul_(row_scale_N)
+        return sums.to(scale_M1.dtype).mul_(scale_M1).mul_(row_scale_N)
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -141,7 +142,7 @@ class _IntegerLinear(torch.autograd.Function):
 
 
 def integer_linear(x: Quantized, integers_NK: Tensor, row_scale_N: Tensor, bias_N: Tensor | None, half: bool) -> Tensor:
-    """SPEC.md, "Linear": y (..., N) float32 from quantized activations and integer-valued weights.
+    """SPEC.md, "Linear": y (..., N), in the dtype of x.scale, from quantized activations and integer-valued weights.
 
     The row scale is not differentiated: weights are scale * round(level / scale), which moves with the level alone.
     """
