@@ -60,3 +60,15 @@ class WrongTensorShape(ConversionError):
 
 class BadTokenizer(ConversionError):
     """The tokenizer is missing, unreadable, or does not fit the model."""
+
+
+class ExportMismatch(ConversionError):
+    """The written file does not hold, bit for bit, what was trained."""
+
+
+class EvaluationFailed(ConversionError):
+    """There is nothing to evaluate, or a run, a file and a text do not go together, or the runtime failed."""
+
+
+class PushFailed(ConversionError):
+    """The Hub refused an upload, or could not be reached."""
