@@ -6,36 +6,37 @@ Frozen, validated on construction, and the same on both sides of the file. Knows
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from rcpformat.errors import BadMetadata
+from rcpformat.errors import BadMetadata, brief
 
 MAX_LAYERS = 1024
 MAX_DIMENSION = 1 << 20
 MAX_VOCABULARY = 1 << 24
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**127
+"""Real numbers in the architecture are normal and finite after rounding to float32."""
 
 
 def _integer(owner: str, name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise BadMetadata(f"{owner}.{name}: expected an integer from {low} to {high}, found {value!r}")
+        raise BadMetadata(f"{owner}.{name}: expected an integer from {low} to {high}, found {brief(value)}")
 
 
 def _boolean(owner: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise BadMetadata(f"{owner}.{name}: expected true or false, found {value!r}")
+        raise BadMetadata(f"{owner}.{name}: expected true or false, found {brief(value)}")
 
 
-def _one_of(owner: str, name: str, value: object, known: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or value not in known:
-        raise BadMetadata(f"{owner}.{name}: expected one of {list(known)}, found {value!r}")
+def _one_of(owner: str, name: str, value: object, known: tuple[int, ...]) -> None:
+    if type(value) is not int or value not in known:
+        raise BadMetadata(f"{owner}.{name}: expected one of {list(known)}, found {brief(value)}")
 
 
 def _positive(owner: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise BadMetadata(f"{owner}.{name}: expected a finite number above 0, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST_FACTOR <= value <= LARGEST_FACTOR:
+        raise BadMetadata(f"{owner}.{name}: expected a number from 2^-126 to 2^127, found {brief(value)}")
 
 
 class _JsonRecord:
@@ -103,7 +104,7 @@ class Architecture(_JsonRecord):
     def __post_init__(self) -> None:
         owner = "architecture"
         if not isinstance(self.model_type, str):
-            raise BadMetadata(f"{owner}.model_type: expected a string, found {self.model_type!r}")
+            raise BadMetadata(f"{owner}.model_type: expected a string, found {brief(self.model_type)}")
         _integer(owner, "vocab_size", self.vocab_size, 1, MAX_VOCABULARY)
         for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             _integer(owner, name, getattr(self, name), 1, MAX_DIMENSION)
@@ -126,7 +127,7 @@ class Architecture(_JsonRecord):
             if not isinstance(self.attention_window, tuple) or len(self.attention_window) != self.num_layers:
                 raise BadMetadata(
                     f"{owner}.attention_window: expected one entry for each of {self.num_layers} layers, "
-                    f"found {self.attention_window!r}"
+                    f"found {brief(self.attention_window)}"
                 )
             for window in self.attention_window:
                 if window is not None:
@@ -172,14 +173,14 @@ class Quantization(_JsonRecord):
     def __post_init__(self) -> None:
         owner = "quantization"
         if not isinstance(self.method, str):
-            raise BadMetadata(f"{owner}.method: expected a string, found {self.method!r}")
+            raise BadMetadata(f"{owner}.method: expected a string, found {brief(self.method)}")
         _one_of(owner, "group_size", self.group_size, (64, 128))
         if not isinstance(self.group_size_overrides, Mapping):
             raise BadMetadata(
-                f"{owner}.group_size_overrides: expected a JSON object, found {self.group_size_overrides!r}"
+                f"{owner}.group_size_overrides: expected a JSON object, found {brief(self.group_size_overrides)}"
             )
         for name, size in self.group_size_overrides.items():
-            _one_of(owner, f"group_size_overrides[{name!r}]", size, (64, 128))
+            _one_of(owner, f"group_size_overrides[{brief(name)}]", size, (64, 128))
         _one_of(owner, "a_bits", self.a_bits, (4, 8))
         _one_of(owner, "kv_bits", self.kv_bits, (4, 8))
         _one_of(owner, "head_bits", self.head_bits, (8, 16))
@@ -213,11 +214,11 @@ class TokenizerInfo(_JsonRecord):
         if self.bos_id is not None:
             _integer(owner, "bos_id", self.bos_id, 0, MAX_VOCABULARY)
         if not isinstance(self.eos_ids, tuple):
-            raise BadMetadata(f"{owner}.eos_ids: expected a list of token ids, found {self.eos_ids!r}")
+            raise BadMetadata(f"{owner}.eos_ids: expected a list of token ids, found {brief(self.eos_ids)}")
         for token in self.eos_ids:
             _integer(owner, "eos_ids", token, 0, MAX_VOCABULARY)
         _boolean(owner, "add_bos", self.add_bos)
         if self.add_bos and self.bos_id is None:
             raise BadMetadata(f"{owner}.add_bos: true, but there is no bos_id")
         if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise BadMetadata(f"{owner}.chat_template: expected a string or null, found {self.chat_template!r}")
+            raise BadMetadata(f"{owner}.chat_template: expected a string or null, found {brief(self.chat_template)}")

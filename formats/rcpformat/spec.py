@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from rcpformat.architecture import Architecture, Quantization
-from rcpformat.errors import BadMetadata
+from rcpformat.errors import BadMetadata, brief
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
@@ -24,6 +26,14 @@ SMALLEST_SCALE = 2.0**-126
 MAX_HEADER_BYTES = 32 << 20
 MAX_METADATA_VALUE_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 64 << 20
+MAX_JSON_DEPTH = 64
+"""Arrays and objects inside one another, the outermost counted."""
+MAX_JSON_NUMBER = 40
+"""Characters in a JSON number."""
+MAX_DIMENSIONS = 8
+"""Entries in a tensor's shape."""
+MAX_NAME = 256
+"""Characters in a tensor's name."""
 
 KEY_VERSION = "rcp.format_version"
 KEY_REQUIRED = "rcp.required_features"
@@ -47,6 +57,24 @@ METADATA_KEYS = (
     KEY_SHA256,
     KEY_METADATA_SHA256,
 )
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+}
+"""The dtypes in use, by their safetensors name."""
+
+GENERATION_LIMITS = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 24),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),
+}
+"""Least and largest value of each sampling default; top_k is an integer."""
 
 EXTENSION_PREFIX = "x."
 """Tensors under this prefix are optional extensions: hashed and size-checked, otherwise ignored."""
@@ -146,9 +174,11 @@ def expected_tensors(architecture: Architecture, quantization: Quantization) -> 
     """
     a, q = architecture, quantization
     names = linear_names(a)
-    for name in q.group_size_overrides:
-        if name not in names:
-            raise BadMetadata(f"quantization.group_size_overrides: no linear layer is called {name!r}")
+    strangers = q.group_size_overrides.keys() - set(names)
+    if strangers:
+        raise BadMetadata(
+            f"quantization.group_size_overrides: no linear layer is called {brief(min(strangers, key=str))}"
+        )
     tensors: dict[str, TensorSpec] = {}
     for name in names:
         kind = linear_kind(name)
