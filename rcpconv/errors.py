@@ -72,3 +72,27 @@ class EvaluationFailed(ConversionError):
 
 class PushFailed(ConversionError):
     """The Hub refused an upload, or could not be reached."""
+
+
+class BadOption(ConversionError):
+    """An option or recipe key is unknown, has a value that it cannot have, or contradicts another."""
+
+
+class BadTrainingData(ConversionError):
+    """A training or evaluation text cannot be read, or there is too little of it."""
+
+
+class NotEnoughMachine(ConversionError):
+    """The training does not fit this machine: memory, or a reasonable time."""
+
+
+class RunNotFound(ConversionError):
+    """There is no run folder of this name, or none in the state that was asked for."""
+
+
+class BadRun(ConversionError):
+    """A run folder cannot be used: in use, incomplete, or of another recipe."""
+
+
+class TrainingDiverged(ConversionError):
+    """The loss or a gradient is not finite, or the loss has exploded."""

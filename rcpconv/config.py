@@ -1,0 +1,367 @@
+"""Every setting of `rcpconv quantize`: one frozen dataclass, its checks, and its TOML form.
+
+The command line and the TOML recipe are generated from these fields, so a setting is described here and nowhere else.
+None stands for "decide from the model and the machine" (rcpconv/plan.py). Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rcpconv.errors import BadOption
+
+METHODS = ("ldp",)
+TABLES = ("auto", "one", "two")
+LOSSES = ("kl", "cakld", "mix")
+PRECISIONS = ("auto", "bf16", "fp32")
+SWITCH = ("auto", "on", "off")
+
+DEMO = "demo"
+"""As a model: the bundled one. As a text: what is bundled with it."""
+DEFAULT_CORPUS = "default"
+"""As a text: WikiText-2 and Dolly from the Hub."""
+SELF = "self"
+"""As a text: sampled from the model itself."""
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGbB]?)")
+_COUNT_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of a setting beside its default."""
+
+    help: str
+    group: str
+    type: type = str
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    count: bool = False
+    """Takes 20M for 20,000,000."""
+    many: int = 1
+    """How many values: 1, another fixed number, or 0 for any number."""
+    optional: bool = False
+    free: bool = False
+    """May differ when a run is resumed: it changes what is kept, not what is computed."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value, an int made a float where a float is meant. Raises BadOption."""
+        if self.many != 1:
+            if isinstance(value, str) or not isinstance(value, list | tuple) or self.many not in (0, len(value)):
+                expected = f"{self.many} values" if self.many else "a list"
+                raise BadOption(f"{name}: expected {expected}, found {value!r}")
+            return tuple(self._check_one(name, item) for item in value)
+        return None if value is None and self.optional else self._check_one(name, value)
+
+    def _check_one(self, name: str, value: Any) -> Any:
+        if self.count and isinstance(value, str):
+            value = parse_count(name, value)
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.type:
+            raise BadOption(f"{name}: expected {_TYPE_NAMES[self.type]}, found {value!r}")
+        if self.choices and value not in self.choices:
+            raise BadOption(f"{name}: expected one of {', '.join(map(str, self.choices))}; found {value!r}")
+        if self.type is float and not math.isfinite(value):
+            raise BadOption(f"{name}: expected a finite number, found {value!r}")
+        if self.low is not None and value < self.low:
+            raise BadOption(f"{name}: expected at least {self.low:g}, found {value!r}")
+        if self.above is not None and value <= self.above:
+            raise BadOption(f"{name}: expected more than {self.above:g}, found {value!r}")
+        if self.high is not None and value > self.high:
+            raise BadOption(f"{name}: expected at most {self.high:g}, found {value!r}")
+        return value
+
+
+_TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def parse_count(name: str, text: str) -> int:
+    """ "20M" -> 20000000. Raises BadOption naming the option."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise BadOption(f"{name}: expected a count such as 500000, 500k or 20M; found {text!r}")
+    return round(float(match[1]) * _COUNT_FACTORS[match[2].lower()])
+
+
+def _option(default: Any, **known: Any) -> Any:
+    return field(default=default, metadata={"option": Option(**known)})
+
+
+def _required(**known: Any) -> Any:
+    return field(metadata={"option": Option(**known)})
+
+
+FORM, DATA, TRAINING, MACHINE, RUN = "Form of the file", "Texts", "Training", "Machine", "Run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """What to quantize and how. Cannot be built wrong: raises BadOption naming the field."""
+
+    model: str = _required(group=RUN, help="A folder, a Hub id, or demo.")
+    revision: str | None = _option(
+        None, optional=True, group=RUN, help="Branch, tag or commit of a Hub model. Default: main."
+    )
+
+    method: str = _option("ldp", choices=METHODS, group=FORM, help="2-bit weight quantizer.")
+    group_size: int = _option(128, type=int, choices=(64, 128), group=FORM, help="Weights that share four levels.")
+    a_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the activations.")
+    kv_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the KV cache.")
+    head_bits: int = _option(8, type=int, choices=(8, 16), group=FORM, help="Bits of the output head.")
+    embed_bits: int = _option(8, type=int, choices=(8, 16), group=FORM, help="Bits of the embedding.")
+    tables: str = _option(
+        "auto",
+        choices=TABLES,
+        group=FORM,
+        help="Keep one table for embedding and head, or store two. auto: one where the model's are tied.",
+    )
+    r1: bool = _option(True, type=bool, group=FORM, help="Rotate the residual stream.")
+    r2: bool = _option(True, type=bool, group=FORM, help="Rotate the value heads.")
+    r3: bool = _option(True, type=bool, group=FORM, help="Rotate queries and keys.")
+    r4: bool = _option(True, type=bool, group=FORM, help="Rotate down_proj's input.")
+
+    data: tuple[str, ...] = _option(
+        (),
+        many=0,
+        group=DATA,
+        help="Training text; repeat for several: a .txt or .jsonl file (.gz and .xz too), a folder of them, "
+        "hf:org/name[:config[:split]], self (sampled from the model), demo, or default (WikiText-2 and Dolly). "
+        "Default: demo for the demo model, otherwise default.",
+    )
+    eval_data: str | None = _option(
+        None, optional=True, group=DATA, help="Text to measure perplexity on; as --data. Default: none, or demo's own."
+    )
+    max_eval_tokens: int | None = _option(
+        None, type=int, count=True, low=1, optional=True, group=DATA, help="Use this much of it. Default: all."
+    )
+    tokens: int | None = _option(
+        None,
+        type=int,
+        count=True,
+        low=1,
+        optional=True,
+        group=DATA,
+        help="Tokens to train on, such as 20M; texts are repeated as often as needed. Default: 20M.",
+    )
+    steps: int | None = _option(
+        None, type=int, low=1, optional=True, group=DATA, help="Optimizer steps to train for, instead of --tokens."
+    )
+    seq_len: int | None = _option(
+        None,
+        type=int,
+        low=2,
+        optional=True,
+        group=DATA,
+        help="Tokens of a training sequence. Default: 2048, or the model's context where that is shorter.",
+    )
+
+    batch_size: int | None = _option(
+        None,
+        type=int,
+        low=1,
+        optional=True,
+        group=TRAINING,
+        help="Sequences in memory at a time. Default: as many of 8 a step as fit.",
+    )
+    grad_accum: int | None = _option(
+        None,
+        type=int,
+        low=1,
+        optional=True,
+        group=TRAINING,
+        help="Batches added up for one optimizer step. Default: what makes it 8 sequences.",
+    )
+    lr: float | None = _option(
+        None,
+        type=float,
+        above=0,
+        optional=True,
+        group=TRAINING,
+        help="Peak learning rate of the weights. Default: 2e-5 · (4096 / hidden_size)^1.5.",
+    )
+    quantizer_lr: float | None = _option(
+        None,
+        type=float,
+        low=0,
+        optional=True,
+        group=TRAINING,
+        help="Peak learning rate of weight clips and partitions. Default: 10 times --lr.",
+    )
+    clip_lr: float | None = _option(
+        None,
+        type=float,
+        low=0,
+        optional=True,
+        group=TRAINING,
+        help="Peak learning rate of the activation and KV clips. Default: 10 times --lr.",
+    )
+    weight_decay: float = _option(
+        0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."
+    )
+    betas: tuple[float, float] = _option(
+        (0.9, 0.95), type=float, low=0, high=0.9999999, many=2, group=TRAINING, help="AdamW's two decay rates."
+    )
+    warmup: float = _option(
+        0.03, type=float, low=0, high=1, group=TRAINING, help="Share of the steps in which learning rates rise."
+    )
+    lr_floor: float = _option(
+        0.05, type=float, low=0, high=1, group=TRAINING, help="Where the cosine ends, as a share of the peak."
+    )
+    grad_clip: float = _option(
+        1.0, type=float, above=0, group=TRAINING, help="Largest norm of the gradient; larger ones are scaled down."
+    )
+    loss: str = _option(
+        "cakld",
+        choices=LOSSES,
+        group=TRAINING,
+        help="kl: KL(teacher ‖ student). cakld: with KL(student ‖ teacher), by the teacher's confidence. "
+        "mix: half kl, half cross-entropy on the text.",
+    )
+    temperature: float = _option(
+        1.0, type=float, above=0, group=TRAINING, help="Softens both distributions of the KL terms."
+    )
+
+    device: str = _option("auto", group=MACHINE, help="auto, cpu, cuda or cuda:N.")
+    precision: str = _option(
+        "auto",
+        choices=PRECISIONS,
+        group=MACHINE,
+        help="bf16 multiplies integers and runs attention in bfloat16 (CUDA); weights are float32 in any case.",
+    )
+    grad_checkpointing: str = _option(
+        "auto",
+        choices=SWITCH,
+        group=MACHINE,
+        help="Recompute activations in the backward pass. auto: where they would not fit.",
+    )
+    compile: str = _option("auto", choices=SWITCH, group=MACHINE, help="Use torch.compile. auto: on CUDA.")
+
+    seed: int = _option(0, type=int, low=0, high=2**63 - 1, group=RUN, help="Of the rotation's signs and text order.")
+    checkpoint_every: int = _option(
+        100, type=int, low=1, group=RUN, free=True, help="Steps between checkpoints to resume from."
+    )
+    keep_checkpoints: int = _option(2, type=int, low=1, group=RUN, free=True, help="How many checkpoints to keep.")
+    log_every: int = _option(10, type=int, low=1, group=RUN, free=True, help="Steps between lines of metrics.jsonl.")
+    eval_every: int | None = _option(
+        None,
+        type=int,
+        low=1,
+        optional=True,
+        free=True,
+        group=RUN,
+        help="Steps between perplexities on --eval-data. Default: only at the end.",
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in OPTIONS.items():
+            object.__setattr__(self, name, option.check(name, getattr(self, name)))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise BadOption(f"device: expected auto, cpu, cuda or cuda:N; found {self.device!r}")
+        if not self.model:
+            raise BadOption('model: expected a folder, a Hub id or "demo"; found nothing')
+        if self.tokens is not None and self.steps is not None:
+            raise BadOption(f"steps: {self.steps}, but tokens is given too ({self.tokens}); give one of the two")
+        if self.tables == "one" and self.head_bits != self.embed_bits:
+            raise BadOption(
+                f"head_bits: {self.head_bits}, but one table serves head and embedding (embed_bits {self.embed_bits}); "
+                'make them equal, or set tables to "two"'
+            )
+        if self.eval_every is not None and self.eval_data is None:
+            raise BadOption(f"eval_every: {self.eval_every}, but there is no eval_data to measure on")
+        if self.eval_data == SELF:
+            raise BadOption(f"eval_data: expected a text, found {SELF!r}, which would measure the model on itself")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:
+        """Build from parsed TOML. Raises BadOption naming `where` and the key."""
+        known = normalise_keys(values, where)
+        if "model" not in known:
+            raise BadOption(f'{where}: model is missing; give a folder, a Hub id or "demo"')
+        try:
+            return cls(**known)
+        except BadOption as error:
+            raise BadOption(f"{where}: {error}") from None
+
+    def changed(self, **values: Any) -> QuantizeConfig:
+        """A copy with some fields replaced, checked like any other."""
+        return dataclasses.replace(self, **values)
+
+    def to_toml(self) -> str:
+        """All settings that have a value, by group; from_mapping(tomllib.loads(...)) gives an equal configuration."""
+        lines: list[str] = []
+        for group in (RUN, FORM, DATA, TRAINING, MACHINE):
+            lines += ["", f"# {group}"] if lines else [f"# {group}"]
+            for name, option in OPTIONS.items():
+                value = getattr(self, name)
+                if option.group == group and value is not None:
+                    lines.append(f"{name} = {_toml_value(value)}")
+        return "\n".join(lines) + "\n"
+
+
+OPTIONS: dict[str, Option] = {item.name: item.metadata["option"] for item in dataclasses.fields(QuantizeConfig)}
+"""Every setting by its field name, in order."""
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)
+
+
+def normalise_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys as field names (group-size and group_size mean the same). Raises BadOption for an unknown one."""
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in OPTIONS:
+            nearest = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0)
+            raise BadOption(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+        if name in known:
+            raise BadOption(f"{where}: {key!r} is given twice")
+        known[name] = value
+    return known
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a TOML recipe, by field name, unchecked but for their names. Raises BadOption."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadOption(f"{path}: expected a TOML recipe ({error})") from error
+    return normalise_keys(values, str(path))
+
+
+def build_config(model: str | None, recipe: Path | None, given: Mapping[str, Any]) -> QuantizeConfig:
+    """Merge settings: the command line's (`model`, `given`) beat the recipe's, which beat the defaults.
+
+    The demo model has defaults of its own (rcpconv/recipes/demo.toml). Raises BadOption.
+    """
+    settings = {} if recipe is None else read_recipe(recipe)
+    if model is not None:
+        settings["model"] = model
+    if settings.get("model") == DEMO:
+        settings = demo_recipe() | settings
+    return QuantizeConfig.from_mapping(settings | dict(given), "options" if recipe is None else f"{recipe} and options")
+
+
+def demo_recipe() -> dict[str, Any]:
+    """Settings that suit the bundled model on two CPU cores."""
+    text = (resources.files("rcpconv") / "recipes" / "demo.toml").read_text(encoding="utf-8")
+    return normalise_keys(tomllib.loads(text), "recipes/demo.toml")

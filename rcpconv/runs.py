@@ -1,0 +1,288 @@
+"""The run folder of a training: its place, name, files, states and lock. Knows nothing of torch or of training.
+
+    rcp-runs/<model>-<YYYYmmdd-HHMMSS>/
+        run.json              status (running, finished, failed), model, architecture, quantization, evaluation ...
+        recipe.toml           the effective configuration
+        tokenizer.json        as it goes into the file
+        tokens/               token caches
+        metrics.jsonl         one line a logging step
+        loss.png              the curve of it
+        checkpoints/          what --resume continues from
+        baked.safetensors     finished runs: the tensors of the file
+        weights.sha256.json   finished runs: hash of each linear's fake-quant weights
+
+Every file appears whole or not at all (temporary file, fsync, rename), so a run can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from rcpconv.config import QuantizeConfig
+from rcpconv.errors import BadRun, RunNotFound
+from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
+
+if TYPE_CHECKING:
+    from rcpconv.checkpoint import SourceModel
+
+RUNS_VARIABLE = "RCPCONV_RUNS"
+"""Environment variable that names the folder of run folders."""
+DEFAULT_RUNS = "rcp-runs"
+
+RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+
+RECORD, RECIPE, TOKENIZER, METRICS, PLOT = "run.json", "recipe.toml", "tokenizer.json", "metrics.jsonl", "loss.png"
+BAKED, WEIGHT_HASHES = "baked.safetensors", "weights.sha256.json"
+_LOCK = ".lock"
+
+
+def runs_root(folder: Path | None = None) -> Path:
+    """Where run folders live: the given folder, else $RCPCONV_RUNS, else ./rcp-runs."""
+    return folder or Path(os.environ.get(RUNS_VARIABLE) or DEFAULT_RUNS)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the microsecond: sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block wrote there replaces `path` when it ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave what was there."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """As write_text, for JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class Run:
+    """One run folder. `record` is run.json."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder = folder
+        self.record = record
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """Raises RunNotFound when there is no such run, BadRun when its run.json cannot be read."""
+        path = Path(folder) / RECORD
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise RunNotFound(f"{folder}: expected a run folder, found no {RECORD} in it") from None
+        except (OSError, ValueError) as error:
+            raise BadRun(f"{path}: cannot be read ({error}); delete the run folder or restore the file") from error
+        if not isinstance(record, dict) or record.get("status") not in (RUNNING, FINISHED, FAILED):
+            raise BadRun(f"{path}: expected an object with a status; delete the run folder or restore the file")
+        return cls(Path(folder), record)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> str:
+        """running (also after a kill), finished or failed."""
+        return str(self.record["status"])
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the file: with tied_table resolved."""
+        return Architecture.from_json(self.record["architecture"])
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        """Of the file."""
+        return Quantization.from_json(self.record["quantization"])
+
+    @cached_property
+    def tokenizer(self) -> TokenizerInfo:
+        """What generation needs beside tokenizer.json."""
+        return TokenizerInfo.from_json(self.record["tokenizer"])
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """The bytes of tokenizer.json."""
+        return (self.folder / TOKENIZER).read_bytes()
+
+    @property
+    def generation(self) -> dict[str, float]:
+        """Default sampling settings."""
+        return dict(self.record["generation"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The checkpoint's origin and licence."""
+        return dict(self.record["provenance"])
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Perplexities measured at the end of the training; empty without eval_data."""
+        return dict(self.record.get("evaluation") or {})
+
+    @property
+    def recipe(self) -> str:
+        """The text of recipe.toml."""
+        return (self.folder / RECIPE).read_text(encoding="utf-8")
+
+    @cached_property
+    def config(self) -> QuantizeConfig:
+        """The effective configuration."""
+        return QuantizeConfig.from_mapping(tomllib.loads(self.recipe), str(self.folder / RECIPE))
+
+    def require_finished(self) -> None:
+        """Raises BadRun when the training has not ended."""
+        if self.status != FINISHED:
+            raise BadRun(
+                f"{self.folder}: its training is not finished (status: {self.status}); "
+                f"continue it with: rcpconv quantize --resume {self.folder}"
+            )
+
+    @cached_property
+    def _baked(self) -> Any:
+        self.require_finished()
+        return safe_open(self.folder / BAKED, framework="numpy")
+
+    def tensor(self, name: str) -> NDArray[np.generic]:
+        """A baked tensor by its name in SPEC.md, section 7. Raises BadRun for a run that is not finished."""
+        return self._baked.get_tensor(name)  # type: ignore[no-any-return]
+
+    def tensor_names(self) -> list[str]:
+        """Names of all baked tensors, sorted; tokenizer.json is not among them."""
+        return sorted(self._baked.keys())
+
+    @cached_property
+    def weight_hashes(self) -> dict[str, str]:
+        """Linear layer -> SHA-256 of the weights its training forward used (rcpconv.baking.weight_hashes)."""
+        self.require_finished()
+        return dict(json.loads((self.folder / WEIGHT_HASHES).read_bytes()))
+
+    def source(self) -> SourceModel:
+        """The original checkpoint, opened again. Raises ConversionError when it is gone."""
+        from rcpconv.checkpoint import load_source
+
+        return load_source(self.record["model"], revision=self.record["revision"])
+
+    def update(self, **values: Any) -> None:
+        """Set fields of run.json, at once and atomically."""
+        self.record = self.record | values
+        write_json(self.folder / RECORD, self.record)
+
+
+@contextmanager
+def _lock(folder: Path, shown: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises BadRun when another process does; ends with this process."""
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadRun(f"{shown}: another process is training in this run folder; wait for it or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[Run]:
+    """Hold an existing run folder, and read its record again, for it may have changed before the lock was ours."""
+    with _lock(run.folder, run.folder):
+        yield Run.open(run.folder)
+
+
+@contextmanager
+def created(folder: Path, record: Mapping[str, Any], recipe: str, tokenizer_json: bytes) -> Iterator[Run]:
+    """A new run folder, held: it appears under its name with record, recipe and tokenizer in it.
+
+    Raises BadRun when there is something in its place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    nursery = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    nursery.mkdir()
+    run = Run(nursery, dict(record))
+    write_json(nursery / RECORD, run.record)
+    write_text(nursery / RECIPE, recipe)
+    with replacing(nursery / TOKENIZER) as temporary:
+        temporary.write_bytes(tokenizer_json)
+    with _lock(nursery, folder):
+        try:
+            nursery.rename(folder)
+        except OSError as error:
+            raise BadRun(
+                f"{folder}: already there, and a run never overwrites; choose another --out, or continue that run "
+                f"with --resume {folder}"
+            ) from error
+        sync_folder(folder.parent)
+        run.folder = folder
+        yield run
+
+
+def new_run_folder(root: Path, model: str) -> Path:
+    """A free folder for a new run: the model's name and the time."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+    stem = f"{slug}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 1000))
+    return next(root / name for name in names if not (root / name).exists())
+
+
+def _newest(root: Path, wanted: Callable[[Run], bool], key: str, nothing: str) -> Run:
+    runs = []
+    for path in sorted(root.glob(f"[!.]*/{RECORD}")):
+        try:
+            runs.append(Run.open(path.parent))
+        except BadRun:
+            continue
+    chosen = [run for run in runs if wanted(run)]
+    if not chosen:
+        raise RunNotFound(f"{root}: {nothing} in it (of {len(runs)} runs); {RUNS_VARIABLE} or --runs names the folder")
+    return max(chosen, key=lambda run: (run.record.get(key) or "", run.name))
+
+
+def newest_finished(root: Path) -> Run:
+    """The run under `root` that finished last. Raises RunNotFound."""
+    return _newest(root, lambda run: run.status == FINISHED, "finished", "no finished run")
+
+
+def newest_unfinished(root: Path) -> Run:
+    """The run under `root` that began last, of those neither finished nor diverged. Raises RunNotFound."""
+    return _newest(root, lambda run: run.status == RUNNING, "created", "no unfinished run")
