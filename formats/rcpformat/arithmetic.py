@@ -76,7 +76,7 @@ def quantize_kv(x_HD: Float32Array, clip: float | np.float32, bits: int) -> Quan
 
 def pack_nibbles(codes: UInt8Array) -> UInt8Array:
     """4-bit codes (..., D), D even -> (..., D/2): element 2i in the low nibble of byte i."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
 
 
 def unpack_nibbles(packed: UInt8Array) -> UInt8Array:
@@ -92,7 +92,9 @@ def integer_matmul(codes_MK: Int8Array, integers_NK: Int8Array) -> NDArray[np.in
     return codes_MK.astype(np.int64) @ integers_NK.astype(np.int64).T
 
 
-def scale_sums(sums_MN: NDArray[np.int64], activation_scale_M1: Float32Array, row_scale_N: Float32Array) -> Float32Array:
+def scale_sums(
+    sums_MN: NDArray[np.int64], activation_scale_M1: Float32Array, row_scale_N: Float32Array
+) -> Float32Array:
     """float32(sum) * activation scale, then * row scale: each operation rounded to float32 (SPEC.md, "Linear")."""
     return (sums_MN.astype(F32) * activation_scale_M1) * row_scale_N
 
@@ -100,7 +102,7 @@ def scale_sums(sums_MN: NDArray[np.int64], activation_scale_M1: Float32Array, ro
 def rms_normalize(x_MK: Float32Array, eps: float) -> Float32Array:
     """x * (1 / sqrt(mean(x²) + eps)) in float32; gains are folded away (SPEC.md, "RMSNorm")."""
     mean_square = np.mean(np.square(x_MK), axis=-1, keepdims=True, dtype=F32)
-    return x_MK * (F32(1) / np.sqrt(mean_square + F32(eps)))
+    return x_MK * (1 / np.sqrt(mean_square + F32(eps)))
 
 
 def rope_tables(
@@ -122,4 +124,4 @@ def apply_rope(x_MHD: Float32Array, cos_M2: Float32Array, sin_M2: Float32Array) 
 def silu(x: Float32Array) -> Float32Array:
     """x / (1 + exp(-x)) in float32; exp overflowing to infinity gives the right limit, 0."""
     with np.errstate(over="ignore"):
-        return x / (F32(1) + np.exp(-x))
+        return x / (1 + np.exp(-x))

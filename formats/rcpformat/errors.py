@@ -166,7 +166,7 @@ class BadScale(FormatError):
 
 
 class BadClip(FormatError):
-    """A clip factor is not in (0, 1]."""
+    """A clip factor is not between 2^-16 and 1."""
 
 
 class TableEntryOutOfRange(FormatError):

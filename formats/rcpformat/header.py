@@ -28,6 +28,7 @@ from rcpformat.spec import (
     MAX_HEADER_BYTES,
     MAX_METADATA_VALUE_BYTES,
     MAX_NAME,
+    TensorSpec,
 )
 from rcpformat.strict_json import dump_json, parse_json
 
@@ -174,13 +175,15 @@ def parse_entries(entries: Mapping[str, Any], data_bytes: int) -> dict[str, Tens
     return tensors
 
 
-def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
-    """Canonical order and offsets for tensors given as name -> (dtype, shape)."""
+def lay_out(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
+    """Canonical order and offsets. No shape may have a free dimension left."""
     entries: dict[str, TensorEntry] = {}
     position = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0]].itemsize, item[0])):
-        end = position + DTYPES[dtype].itemsize * math.prod(shape)
-        entries[name] = TensorEntry(dtype, shape, position, end)
+    for name, form in sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
+        shape = tuple(size for size in form.shape if size is not None)
+        assert len(shape) == len(form.shape), f"{name} has a free dimension"
+        end = position + DTYPES[form.dtype].itemsize * math.prod(shape)
+        entries[name] = TensorEntry(form.dtype, shape, position, end)
         position = end
     return entries
 

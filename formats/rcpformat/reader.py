@@ -124,7 +124,8 @@ class RcpFile:
     def _view(self, name: str) -> NDArray[Any]:
         assert self._data is not None, f"{self.path} is closed"
         entry = self.header_tensors[name]
-        return self._data[entry.begin : entry.end].view(spec.DTYPES[entry.dtype]).reshape(entry.shape)
+        view: NDArray[Any] = self._data[entry.begin : entry.end].view(spec.DTYPES[entry.dtype])
+        return view.reshape(entry.shape)
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A read-only view on the mapped file. The first access checks the tensor's values: one pass over it.
@@ -163,7 +164,7 @@ class RcpFile:
         Raises TensorHashMismatch, or the FormatError that fits.
         """
         for name in self.header_tensors:
-            found = hashlib.sha256(self._view(name).reshape(-1).view(np.uint8)).hexdigest()
+            found = hashlib.sha256(self._view(name).reshape(-1).view(np.uint8).data).hexdigest()
             if found != self._sha256[name]:
                 raise TensorHashMismatch(
                     f"{self.path}: {name}: expected SHA-256 {self._sha256[name]}, found {found}; "

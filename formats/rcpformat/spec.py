@@ -6,6 +6,7 @@ formats/SPEC.md states the same tables for people; a test parses them and compar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ LEVEL_LIMIT = 127
 """Levels and int8 table entries lie in -127..127; -128 is refused."""
 SMALLEST_SCALE = 2.0**-126
 """Scales are normal float32 numbers, so that flush-to-zero hardware agrees."""
+SMALLEST_CLIP = 2.0**-16
+"""With this, the scale of a token's activations and its reciprocal are normal float32 numbers too."""
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_METADATA_VALUE_BYTES = 16 << 20
@@ -58,7 +61,7 @@ METADATA_KEYS = (
     KEY_METADATA_SHA256,
 )
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),

@@ -105,7 +105,8 @@ def _check_finite(name: str, array: Array) -> None:
 
 
 def _check_clip(name: str, array: Array) -> None:
-    _require(BadClip, name, array, "a clip factor above 0 and at most 1", lambda clip: (clip > 0) & (clip <= 1))
+    low = spec.SMALLEST_CLIP
+    _require(BadClip, name, array, "a clip factor from 2^-16 to 1", lambda clip: (clip >= low) & (clip <= 1))
 
 
 def _check_scale(name: str, array: Array) -> None:

@@ -93,7 +93,7 @@ def write_rcp(
         if name not in expected or None in expected[name].shape:
             array = tensors[name]()
             expected[name] = spec.TensorSpec(values.dtype_name(name, array.dtype), array.shape)
-    entries = lay_out({name: (form.dtype, form.shape) for name, form in expected.items()})
+    entries = lay_out(expected)
 
     sha256 = dict.fromkeys(entries, "0" * 64)
     header = _header(metadata, entries, sha256)
@@ -112,7 +112,7 @@ def write_rcp(
                 array = np.asarray(tensors[name](), order="C")
                 values.check_array(name, array, expected[name])
                 values.check_values(name, array, linear_shape)
-                data = array.reshape(-1).view(np.uint8)
+                data = array.reshape(-1).view(np.uint8).data
                 sha256[name] = hashlib.sha256(data).hexdigest()
                 with _output_errors(path):
                     file.write(data)
