@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rcpconv.checkpoint.layout import Weights, read_json
+from rcpconv.checkpoint.layout import HF_SAFETENSORS, Layout, Weights, read_json
 from rcpconv.checkpoint.rope import rope_frequencies
 from rcpconv.checkpoint.tensors import (
     LazyTensor,
@@ -21,26 +23,9 @@ from rcpconv.checkpoint.tensors import (
     open_safetensors,
     select_tensors,
 )
-from rcpconv.errors import BadConfig, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedFormat
+from rcpconv.errors import BadConfig, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedFormat
 from rcpformat.architecture import Architecture
 from rcpformat.errors import BadMetadata
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """One way in which a folder can hold its weights: in one file, or in shards listed by an index."""
-
-    layout: str
-    single: str
-    index: str
-    reader: Callable[[Path], dict[str, LazyTensor]]
-
-
-WEIGHT_FILES = (
-    WeightFiles("hf-safetensors", "model.safetensors", "model.safetensors.index.json", open_safetensors),
-    WeightFiles("hf-bin", "pytorch_model.bin", "pytorch_model.bin.index.json", open_pickle),
-)
-"""In order of preference."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +69,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Configuration keys that change what a model computes, with the values under which they do not."""
 
 
-def read_hf_weights(folder: Path) -> Weights:
-    """Read config.json and open the weights of a Hugging Face folder, preferring safetensors.
+def check_hf_config(path: Path) -> None:
+    """Raise the ConversionError that config.json alone gives cause for, before any weights are fetched."""
+    _read_config(path)
+
+
+def read_hf_weights(folder: Path, layout: Layout) -> Weights:
+    """Read config.json and open the weights of a Hugging Face folder.
 
     Raises a ConversionError that says what is wrong with the configuration or the files.
     """
-    raw = read_json(folder / "config.json")
-    config, family = _parse_config(raw, folder / "config.json")
-    architecture, inv_freq = _architecture(config, family)
-    files = next((f for f in WEIGHT_FILES if (folder / f.single).is_file() or (folder / f.index).is_file()), None)
-    if files is None:
-        raise CheckpointNotFound(
-            f"{folder}: config.json is there, but no weights: expected one of "
-            f"{[name for f in WEIGHT_FILES for name in (f.single, f.index)]}"
-        )
-    stored = _open_weights(folder, files)
-    tied = bool(config.tie_word_embeddings) and not _separate_head(stored)
+    architecture, inv_freq, may_tie = _read_config(folder / layout.config)
+    stored = _open_weights(folder, layout)
+    tied = may_tie and not _separate_head(stored)
     tensors = select_tensors(
         stored,
         expected_shapes(architecture, tied_embeddings=tied),
@@ -107,9 +89,14 @@ def read_hf_weights(folder: Path) -> Weights:
         lambda name: name.endswith("rotary_emb.inv_freq") or (tied and name == _HEAD),
         str(folder),
     )
-    return Weights(
-        layout=files.layout, architecture=architecture, tied_embeddings=tied, inv_freq=inv_freq, tensors=tensors
-    )
+    return Weights(architecture=architecture, tied_embeddings=tied, inv_freq=inv_freq, tensors=tensors)
+
+
+def _read_config(path: Path) -> tuple[Architecture, NDArray[np.float64], bool]:
+    """(architecture, RoPE frequencies, whether the head may be tied to the embedding) of a config.json."""
+    config, family = _parse_config(read_json(path), path)
+    architecture, inv_freq = _architecture(config, family)
+    return architecture, inv_freq, bool(config.tie_word_embeddings)
 
 
 def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[Any, _Family]:
@@ -148,7 +135,7 @@ def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[Any, _Family]:
     return config, family
 
 
-def _architecture(config: Any, family: _Family) -> tuple[Architecture, Any]:
+def _architecture(config: Any, family: _Family) -> tuple[Architecture, NDArray[np.float64]]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inv_freq, attention_factor = rope_frequencies(config.rope_parameters, head_dim, config.max_position_embeddings)
     try:
@@ -192,18 +179,23 @@ def _attention_windows(config: Any) -> tuple[int | None, ...] | None:
     return windows if any(windows) else None
 
 
-def _open_weights(folder: Path, files: WeightFiles) -> dict[str, LazyTensor]:
-    if not (folder / files.index).is_file():
-        return files.reader(folder / files.single)
-    weight_map = read_json(folder / files.index).get("weight_map")
+def _open_weights(folder: Path, layout: Layout) -> dict[str, LazyTensor]:
+    reader = open_safetensors if layout == HF_SAFETENSORS else open_pickle
+    if layout.index is None or not (folder / layout.index).is_file():
+        return reader(folder / layout.single)
+    return dict(iterate_shards(read_weight_map(folder / layout.index), reader))
+
+
+def read_weight_map(index: Path) -> dict[str, Path]:
+    """Tensor name -> shard beside the index. Raises CorruptCheckpoint unless every shard is a plain file name."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
     ):
         raise CorruptCheckpoint(
-            f"{folder / files.index}: expected a weight_map from tensor names to file names in the same folder; "
-            "download it again"
+            f"{index}: expected a weight_map from tensor names to file names in the same folder; download it again"
         )
-    return dict(iterate_shards({name: folder / file for name, file in weight_map.items()}, files.reader))
+    return {name: index.parent / file for name, file in weight_map.items()}
 
 
 def _separate_head(stored: Mapping[str, LazyTensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.repocard import metadata_load
 from numpy.typing import NDArray
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from rcpconv.checkpoint.hf import read_hf_weights
-from rcpconv.checkpoint.layout import Weights, read_optional_json
+from rcpconv.checkpoint.download import download_checkpoint
+from rcpconv.checkpoint.hf import check_hf_config, read_hf_weights
+from rcpconv.checkpoint.layout import META, Layout, Weights, choose_layout, read_json, read_optional_json
+from rcpconv.checkpoint.meta import read_meta_weights
 from rcpconv.checkpoint.tensors import TensorStore
-from rcpconv.checkpoint.tokenizer import TokenizerFiles, read_hf_tokenizer
-from rcpconv.errors import CheckpointNotFound
+from rcpconv.checkpoint.tokenizer import TokenizerFiles, read_hf_tokenizer, read_meta_tokenizer
+from rcpconv.errors import CheckpointNotFound, UnsupportedFormat
 from rcpformat.architecture import Architecture
 
 DEMO = "demo"
@@ -42,7 +47,7 @@ class SourceModel:
     generation: dict[str, float]
     """Sampling defaults: any of temperature, top_k, top_p, min_p, repeat_penalty."""
     provenance: dict[str, Any]
-    """base_model, revision, license, layout, dtype, parameters: JSON values, for the file's metadata."""
+    """JSON values for the file's metadata: base_model, revision, license, layout, dtype, parameters."""
 
 
 def load_source(model: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> SourceModel:
@@ -52,8 +57,15 @@ def load_source(model: str, *, revision: str | None = None, cache_dir: str | Pat
     downloaded to cache_dir (default: the Hub's cache) at a revision (branch, tag or commit).
     Raises ConversionError with the remedy for whatever cannot be loaded.
     """
-    folder = _find(model, revision, cache_dir)
-    weights = read_hf_weights(folder)
+    folder, commit = _find(model, revision, cache_dir)
+    layout = choose_layout([path.name for path in folder.iterdir()], str(folder))
+    if layout is META:
+        weights = read_meta_weights(folder)
+        llama31 = bool(read_json(folder / META.config).get("use_scaled_rope"))
+        tokenizer = read_meta_tokenizer(folder, weights.architecture.vocab_size, llama31=llama31)
+    else:
+        weights = read_hf_weights(folder, layout)
+        tokenizer = read_hf_tokenizer(folder, weights.architecture.vocab_size)
     return SourceModel(
         name=model,
         folder=folder,
@@ -61,48 +73,78 @@ def load_source(model: str, *, revision: str | None = None, cache_dir: str | Pat
         tied_embeddings=weights.tied_embeddings,
         inv_freq=weights.inv_freq,
         tensors=weights.tensors,
-        tokenizer=read_hf_tokenizer(folder, weights.architecture.vocab_size),
-        generation=sampling_defaults(read_optional_json(folder / "generation_config.json")),
-        provenance=_provenance(model, revision, folder, weights),
+        tokenizer=tokenizer,
+        generation=_sampling_defaults(read_optional_json(folder / "generation_config.json")),
+        provenance=_provenance(model, commit, folder, layout, weights),
     )
 
 
-def _find(model: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _find(model: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
+    """(folder, commit if it came from the Hub) of a checkpoint."""
     if model == DEMO:
-        return Path(str(resources.files("rcpconv") / "demo" / "model"))
+        return Path(str(resources.files("rcpconv") / "demo" / "model")), None
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
-    raise CheckpointNotFound(f"{model}: no such folder")
+        return path, None
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise UnsupportedFormat(f"{model}: a GGUF file; use the original Hugging Face or Meta checkpoint")
+        raise CheckpointNotFound(f"{model}: a file; give the folder that holds the checkpoint")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise CheckpointNotFound(f"{model}: no such folder; give a folder, a Hub id such as org/name, or {DEMO!r}")
+    folder = download_checkpoint(model, revision=revision, cache_dir=cache_dir, check=_check_config)
+    return folder, folder.name
 
 
-def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
-    """The sampling settings of a generation_config.json that are valid, under the names of the file's metadata.
+def _check_config(folder: Path, layout: Layout) -> None:
+    if layout is not META:
+        check_hf_config(folder / layout.config)
 
-    Empty when it says `do_sample: false`: the model then decodes greedily and the settings are left-overs.
+
+_SAMPLING: dict[str, tuple[str, type[int] | type[float], float, float]] = {
+    "temperature": ("temperature", float, 0, 100),
+    "top_k": ("top_k", int, 0, 1 << 24),
+    "top_p": ("top_p", float, 1e-6, 1),
+    "min_p": ("min_p", float, 0, 1),
+    "repetition_penalty": ("repeat_penalty", float, 1e-6, 100),
+}
+"""generation_config.json's name -> (the file's name, type, lowest and highest value)."""
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
+    """The valid sampling settings of a generation_config.json, under the names of the file's metadata.
+
+    None of them when it says `do_sample: false`: then they are left-overs that transformers ignores.
     """
     if generation.get("do_sample") is False:
         return {}
     settings: dict[str, float] = {}
-    for source, name, valid in (
-        ("temperature", "temperature", lambda x: x >= 0),
-        ("top_k", "top_k", lambda x: x >= 0 and isinstance(x, int)),
-        ("top_p", "top_p", lambda x: 0 < x <= 1),
-        ("min_p", "min_p", lambda x: 0 <= x <= 1),
-        ("repetition_penalty", "repeat_penalty", lambda x: x > 0),
-    ):
+    for source, (name, kind, low, high) in _SAMPLING.items():
         value = generation.get(source)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and valid(value):
+        if isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high:
             settings[name] = value
     return settings
 
 
-def _provenance(model: str, revision: str | None, folder: Path, weights: Weights) -> dict[str, Any]:
+def _provenance(model: str, commit: str | None, folder: Path, layout: Layout, weights: Weights) -> dict[str, Any]:
     names = weights.tensors.names()
     return {
         "base_model": model,
-        "revision": revision,
-        "layout": weights.layout,
+        "revision": commit,
+        "license": _license(folder),
+        "layout": layout.name,
         "dtype": str(weights.tensors.dtype(names[0])).removeprefix("torch."),
         "parameters": sum(math.prod(weights.tensors.shape(name)) for name in names),
     }
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that README.md's front matter names, else the name of a licence file, else None."""
+    readme = folder / "README.md"
+    try:
+        card = (metadata_load(readme) if readme.is_file() else None) or {}
+    except (YAMLError, ValueError):  # a README that nobody can parse is not worth a refusal
+        card = {}
+    if stated := card.get("license_name") or card.get("license"):
+        return str(stated)
+    return next((path.name for path in sorted(folder.glob("LICENSE*"))), None)
