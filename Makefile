@@ -8,10 +8,14 @@ WORKERS ?= 2
 VENV := .venv
 ifeq ($(origin PY),command line)
 READY :=
+RCPCONV := $(PY) -m rcpconv
+RCP_RUN := $(PY) -m rcprun
 # Run from source: nothing needs to be installed.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/formats:$(CURDIR)/runtime$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
+RCPCONV := $(VENV)/bin/rcpconv
+RCP_RUN := $(VENV)/bin/rcp-run
 READY := $(VENV)/.ready
 endif
 
@@ -23,6 +27,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev]'
 	touch $@
+
+demo: $(READY)
+	$(RCPCONV) quantize demo --runs demo-out/runs
+	$(RCPCONV) export --runs demo-out/runs --out demo-out/demo.rcp --force
+	$(RCPCONV) verify demo-out/demo.rcp
+	$(RCP_RUN) demo-out/demo.rcp --prompt "It was a cold morning, and" --max-tokens 64 --seed 1
+	$(RCPCONV) eval --runs demo-out/runs --rcp demo-out/demo.rcp
 
 test: $(READY)
 	$(PY) -m pytest --numprocesses $(WORKERS)
