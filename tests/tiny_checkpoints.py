@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -30,6 +31,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BOS, EOS, END_OF_TURN = "<|begin|>", "<|end|>", "<|turn|>"
 MAX_POSITIONS = 128
@@ -214,3 +216,114 @@ def _rewrite_as_bin(model: PreTrainedModel, folder: Path, *, sharded: bool) -> N
         torch.save({name: state[name].clone() for name in part}, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, part in halves.items() for name in part}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def make_sentencepiece_model(folder: Path) -> int:
+    """Write a tokenizer.model as LLaMA 1 and 2 have it (byte-pair encoding, byte fallback); returns its vocabulary."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 3),
+        model_writer=model,
+        vocab_size=352,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.99,
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return 352
+
+
+def make_tiktoken_model(folder: Path) -> int:
+    """Write a tokenizer.model as LLaMA-3 has it; returns the vocabulary, with the 256 special tokens that follow."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    ranks = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    lines = [f"{base64.b64encode(bytes(map(byte_of.__getitem__, piece))).decode()} {rank}\n" for piece, rank in ranks]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return len(ranks) + 256
+
+
+_META_LAYERS = {
+    "self_attn.q_proj": ("attention.wq", 0),
+    "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0),
+    "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+    "mlp.up_proj": ("feed_forward.w3", 0),
+    "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+}
+"""transformers' module -> (Meta's module, the axis over which ranks split its weight)."""
+
+
+def make_tiny_meta_checkpoint(folder: Path, shards: int = 1, version: float = 2, seed: int = 0) -> PreTrainedModel:
+    """Write a tiny model in Meta's layout, in 1, 2, 4 or 8 parts, and return the same model as transformers has it.
+
+    version: 1 or 2 (sentencepiece, untied, embedding split by columns), 3, 3.1 or 3.2 (tiktoken, grouped queries,
+    embedding split by rows; RoPE scaled from 3.1 on; tied in 3.2).
+    """
+    vocabulary = make_sentencepiece_model(folder) if version < 3 else make_tiktoken_model(folder)
+    kv_heads = 8 if shards == 8 or version < 3 else 4
+    theta = 1e4 if version < 3 else 5e5
+    scaling = {"original_max_position_embeddings": 8192, "factor": 32.0 if version == 3.2 else 8.0}
+    settings = _llama(64, 8, kv_heads, 176 if version < 3 else 224, theta) | {
+        "vocab_size": vocabulary,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": {1: 2048, 2: 4096, 3: 8192}.get(version, 131072),
+        "rms_norm_eps": 1e-6 if version == 1 else 1e-5,
+        "tie_word_embeddings": version == 3.2,
+    }
+    if version > 3:
+        settings["rope_parameters"] = _llama3_scaling(0) | scaling
+    model = randomize(LlamaForCausalLM(LlamaConfig(**settings)), seed)
+    params = {"dim": 64, "n_heads": 8, "n_layers": 2, "norm_eps": settings["rms_norm_eps"], "multiple_of": 16}
+    if version < 3:
+        params |= {"vocab_size": -1}
+    else:
+        params |= {"vocab_size": vocabulary, "n_kv_heads": kv_heads, "ffn_dim_multiplier": 1.3, "rope_theta": theta}
+    if version > 3:
+        params["use_scaled_rope"] = True
+    (folder / "params.json").write_text(json.dumps(params))
+    for rank, part in enumerate(_meta_parts(model, shards, embedding_axis=1 if version < 3 else 0)):
+        torch.save(part, folder / f"consolidated.{rank:02}.pth")
+    return model
+
+
+def _meta_parts(model: PreTrainedModel, shards: int, embedding_axis: int) -> list[dict[str, torch.Tensor]]:
+    """A model's weights under Meta's names, q and k with neighbouring rows rotated together, cut for each rank."""
+    state = model.state_dict()
+    whole: dict[str, tuple[torch.Tensor, int | None]] = {
+        "tok_embeddings.weight": (state["model.embed_tokens.weight"], embedding_axis),
+        "norm.weight": (state["model.norm.weight"], None),
+        "rope.freqs": (torch.zeros(4), None),
+    }
+    if not model.config.tie_word_embeddings:
+        whole["output.weight"] = (state["lm_head.weight"], 0)
+    for layer in range(model.config.num_hidden_layers):
+        for theirs, (name, axis) in _META_LAYERS.items():
+            weight = state[f"model.layers.{layer}.{theirs}.weight"]
+            if name in ("attention.wq", "attention.wk"):
+                halves = weight.view(-1, 2, model.config.head_dim // 2, weight.shape[1])
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+            whole[f"layers.{layer}.{name}.weight"] = (weight, axis)
+    return [
+        {
+            name: (weight if axis is None else weight.chunk(shards, axis)[rank]).clone()
+            for name, (weight, axis) in whole.items()
+        }
+        for rank in range(shards)
+    ]
