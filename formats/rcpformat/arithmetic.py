@@ -102,7 +102,8 @@ def scale_sums(
 def rms_normalize(x_MK: Float32Array, eps: float) -> Float32Array:
     """x * (1 / sqrt(mean(x²) + eps)) in float32; gains are folded away (SPEC.md, "RMSNorm")."""
     mean_square = np.mean(np.square(x_MK), axis=-1, keepdims=True, dtype=F32)
-    return x_MK * (1 / np.sqrt(mean_square + F32(eps)))
+    inverse_root: Float32Array = np.reciprocal(np.sqrt(mean_square + F32(eps)))
+    return x_MK * inverse_root
 
 
 def rope_tables(
@@ -124,4 +125,5 @@ def apply_rope(x_MHD: Float32Array, cos_M2: Float32Array, sin_M2: Float32Array) 
 def silu(x: Float32Array) -> Float32Array:
     """x / (1 + exp(-x)) in float32; exp overflowing to infinity gives the right limit, 0."""
     with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
+        y: Float32Array = x / (1 + np.exp(-x))
+    return y
