@@ -1,0 +1,67 @@
+"""`rcpconv eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rcpconv.cli.options import FILE, find_run, run_options
+
+_MODELS = ("original", "fake-quant", "rcp")
+
+
+@click.command("eval")
+@run_options
+@click.option("--rcp", type=FILE, help="A .rcp file, evaluated in the runtime.", metavar="FILE")
+@click.option("--text", type=FILE, metavar="FILE", help="Default: WikiText-2 test, or demo's held-out text.")
+@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of a window.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Use this much of the text. Default: all.")
+@click.option("--skip", type=click.Choice(_MODELS), multiple=True, help="Leave out a model; may be repeated.")
+@click.option("--agreement", is_flag=True, help="Compare the runtime's predictions with torch's, token by token.")
+@click.option("--device", default="auto", show_default=True, help="Of the torch models: auto, cpu or cuda.")
+@click.option("--json", "json_file", type=FILE, help="Write the results to a file too.", metavar="FILE")
+def eval_command(
+    run: Path | None,
+    runs: Path | None,
+    rcp: Path | None,
+    text: Path | None,
+    window: int,
+    max_tokens: int | None,
+    skip: tuple[str, ...],
+    agreement: bool,
+    device: str,
+    json_file: Path | None,
+) -> None:
+    """Perplexity of the original, of the trained run, and of the .rcp file in the runtime.
+
+    All on the same text, in windows without overlap; the first token of each window is not scored.
+    """
+    import dataclasses
+    import json
+
+    from rich.console import Console
+
+    from rcpconv.errors import RunNotFound
+    from rcpconv.evaluate import evaluate, read_text, render
+
+    found = None
+    if not {"original", "fake-quant"} <= set(skip):
+        try:
+            found = find_run(run, runs)
+        except RunNotFound:
+            if rcp is None or run is not None or runs is not None:
+                raise
+    result = evaluate(
+        run=found,
+        rcp=rcp,
+        text=None if text is None else read_text(text),
+        window=window,
+        max_tokens=max_tokens,
+        skip=skip,
+        compare=agreement,
+        device=device,
+    )
+    render(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False) + "\n", "utf-8")

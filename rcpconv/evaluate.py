@@ -1,0 +1,395 @@
+"""Perplexity of the original, of the fake-quantized run and of the `.rcp` file in the runtime, on the same windows.
+
+The runtime runs in a child process (`rcp-run score`): nothing of it is imported. Knows nothing of training.
+
+Shape suffixes: T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from rcpconv.baking import baked_decoder
+from rcpconv.errors import DownloadFailed, EvaluationFailed
+from rcpconv.hub import file_sha256
+from rcpconv.inspection import model_size
+from rcpconv.model import Decoder
+from rcpconv.prepare import original_decoder
+from rcpconv.runs import Run
+from rcpformat import spec
+from rcpformat.architecture import Architecture, Quantization
+from rcpformat.reader import RcpFile
+
+ORIGINAL, FAKE_QUANT, RCP = "original", "fake-quant", "rcp"
+MODELS = (ORIGINAL, FAKE_QUANT, RCP)
+
+LOGIT_FILE_BYTES = 512 << 20
+"""The runtime's logits lie on disk this much at a time."""
+_LOGIT_ELEMENTS = 1 << 24
+"""Logits in memory at a time when only likelihoods are wanted."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to evaluate on, and where it comes from."""
+
+    name: str
+    content: str
+
+
+def read_text(path: Path) -> Text:
+    """A UTF-8 file as a Text."""
+    try:
+        return Text(path.name, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise EvaluationFailed(f"{path}: expected plain UTF-8 text: {error}") from error
+
+
+def default_text(model: str | None) -> Text:
+    """The held-out text of the bundled model when `model` is "demo", else the WikiText-2 test set from the Hub."""
+    if model == "demo":
+        return Text("demo, held-out", (resources.files("rcpconv") / "demo" / "heldout.txt").read_text(encoding="utf-8"))
+    return wikitext2_test()
+
+
+def wikitext2_test() -> Text:
+    """The raw WikiText-2 test set, its lines joined by blank lines as the quantization papers do.
+
+    Raises DownloadFailed when the Hub cannot be reached and the text is not in its cache.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
+        with zipfile.ZipFile(archive) as content:
+            lines = content.read("wikitext-2-raw/wiki.test.raw").decode().splitlines(keepends=True)
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP library's own
+        raise DownloadFailed(
+            "the default text (WikiText-2 test, dataset ggml-org/ci on the Hub) could not be fetched; "
+            "go online once, or name a text with --text FILE"
+        ) from error
+    return Text("WikiText-2 test", "\n\n".join("" if line.isspace() else line for line in lines))
+
+
+def tokenize(tokenizer_json: bytes, text: str) -> list[int]:
+    """The whole text as one stream of ids, by the model's own tokenizer, without special tokens."""
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def cut(tokens: Sequence[int], window: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Windows of `window` tokens without overlap, of the first max_tokens tokens.
+
+    A shorter rest at the end is left out, as the quantization papers do, unless it is all there is.
+    """
+    tokens = tokens[:max_tokens]
+    whole = len(tokens) // window
+    if not whole:
+        return [list(tokens)] if len(tokens) > 1 else []
+    return [list(tokens[i * window : (i + 1) * window]) for i in range(whole)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """One model's row of the table."""
+
+    name: str
+    perplexity: float
+    bytes: int | None = None
+    """Of its weights as FP16, or of its file."""
+    ratio: float | None = None
+    """FP16 bytes over `bytes`."""
+    sha256: str | None = None
+    """Of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far one model's predictions are from another's, over all scored positions."""
+
+    top1_agreement: float
+    """Share of positions at which both find the same token likeliest."""
+    mean_kl: float
+    """KL(reference ‖ other), nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `rcpconv eval` found."""
+
+    text: str
+    window: int
+    tokens: int
+    """Scored ones: the first of each window is not."""
+    models: list[ModelResult] = field(default_factory=list)
+    agreement: dict[str, Difference] = field(default_factory=dict)
+    """By "runtime vs. torch float32" and "torch float32 vs. torch float64"."""
+
+
+def _progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
+
+
+@torch.inference_mode()
+def torch_perplexity(decoder: Decoder, windows: Sequence[Sequence[int]], name: str) -> float:
+    """Perplexity of a decoder, on the device that it is on; logits in float32, sums in float64."""
+    total, count = 0.0, 0
+    for window in _progress(windows, name):
+        tokens = torch.tensor(window, device=decoder.inv_freq.device)
+        hidden = decoder.hidden(tokens[None])[0, :-1]
+        rows = max(1, _LOGIT_ELEMENTS // decoder.architecture.vocab_size)
+        for part, target in zip(hidden.split(rows), tokens[1:].split(rows), strict=True):
+            losses = F.cross_entropy(decoder.logits(part), target, reduction="none")
+            total, count = total + losses.double().sum().item(), count + len(target)
+    return math.exp(total / count)
+
+
+class Runtime:
+    """A `.rcp` file in the runtime, one child process a question."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def score(self, windows: Sequence[Sequence[int]], *options: str) -> Iterator[dict[str, Any]]:
+        """What `rcp-run score` says about each window, as it says it. Raises EvaluationFailed with its message."""
+        with tempfile.TemporaryDirectory(prefix="rcpconv-eval-") as folder:
+            tokens = Path(folder, "tokens.jsonl")
+            tokens.write_text("".join(json.dumps(window) + "\n" for window in windows))
+            command = [sys.executable, "-m", "rcprun", "score", str(self.path), "--tokens", str(tokens), *options]
+            errors = Path(folder, "stderr")
+            with (
+                errors.open("w+") as stderr,
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
+            ):
+                try:
+                    assert child.stdout is not None
+                    for line in child.stdout:
+                        yield json.loads(line)
+                finally:
+                    child.terminate()  # does nothing to a child that has ended
+            if child.returncode:
+                reason = errors.read_text().strip() or f"exit code {child.returncode}"
+                raise EvaluationFailed(f"{self.path}: rcp-run could not score it: {reason}")
+
+    def perplexity(self, windows: Sequence[Sequence[int]], name: str) -> float:
+        """Perplexity of the file."""
+        total, count = 0.0, 0
+        scores = self.score(windows)
+        for window in _progress(windows, name):
+            score = next(scores)
+            assert score["n"] == len(window), (score["n"], len(window))
+            total, count = total + score["logprob"], count + len(window) - 1
+        return math.exp(-total / count)
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        """(T, V) for each window, from a temporary file of at most LOGIT_FILE_BYTES or one window."""
+        with RcpFile.open(self.path) as file:
+            row_bytes = 4 * file.architecture.vocab_size
+        group: list[Sequence[int]] = []
+        size = 0
+        for window in [*windows, None]:
+            if group and (window is None or size + len(window) * row_bytes > LOGIT_FILE_BYTES):
+                yield from self._group_logits(group)
+                group, size = [], 0
+            if window is not None:
+                group, size = [*group, window], size + len(window) * row_bytes
+
+    def _group_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        with tempfile.TemporaryDirectory(prefix="rcpconv-logits-") as folder:
+            path = Path(folder, "logits.npy")
+            list(self.score(windows, "--logits", str(path)))
+            rows = np.load(path, mmap_mode="r")
+            start = 0
+            for window in windows:
+                yield np.array(rows[start : start + len(window)])
+                start += len(window)
+
+
+class _DifferenceMeter:
+    def __init__(self) -> None:
+        self.count, self.same, self.kl = 0, 0, 0.0
+
+    def add(self, reference_TV: Tensor, other_TV: Tensor) -> None:
+        """Logits of the same positions."""
+        p, q = (F.log_softmax(logits.double(), dim=-1) for logits in (reference_TV, other_TV))
+        self.count += len(p)
+        self.same += int((reference_TV.argmax(-1) == other_TV.argmax(-1)).sum())
+        self.kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
+
+    def result(self) -> Difference:
+        return Difference(top1_agreement=self.same / self.count, mean_kl=self.kl / self.count)
+
+
+@torch.inference_mode()
+def agreement(decoder: Decoder, runtime: Runtime, windows: Sequence[Sequence[int]]) -> dict[str, Difference]:
+    """The runtime against the same quantized model in torch, and torch's float32 against its float64 (design, 7c).
+
+    Teacher-forced, at every scored position. The runtime is as good as can be asked when its difference is no larger.
+    """
+    from_runtime, from_double = _DifferenceMeter(), _DifferenceMeter()
+    runtime_logits = runtime.logits(windows)
+    for window in _progress(windows, "agreement"):
+        tokens = torch.tensor(window, device=decoder.inv_freq.device)[None]
+        logits = {}
+        for dtype in (torch.float32, torch.float64):
+            decoder.options.dtype = dtype
+            logits[dtype] = decoder(tokens)[0, :-1]
+        decoder.options.dtype = torch.float32
+        single, double = logits[torch.float32], logits[torch.float64]
+        from_runtime.add(single, torch.from_numpy(next(runtime_logits)[:-1]).to(single.device))
+        from_double.add(double, single)
+    return {
+        "runtime vs. torch float32": from_runtime.result(),
+        "torch float32 vs. torch float64": from_double.result(),
+    }
+
+
+def evaluate(
+    *,
+    run: Run | None,
+    rcp: Path | None,
+    text: Text | None = None,
+    window: int = 1024,
+    max_tokens: int | None = None,
+    skip: Sequence[str] = (),
+    compare: bool = False,
+    device: str = "auto",
+) -> Evaluation:
+    """Perplexity of up to three MODELS: the run's original, the run, and the file; `skip` leaves some out.
+
+    text: None = default_text. window: tokens. compare: measure the agreement too (needs `rcp`).
+    device: of the torch models: "cpu", "cuda", or "auto" (cuda where there is one).
+    Raises EvaluationFailed when there is nothing to do, or the file is not of the run.
+    """
+    wanted = [name for name in MODELS if name not in skip and (rcp if name == RCP else run) is not None]
+    if not wanted:
+        raise EvaluationFailed("nothing to evaluate: name a run with --run or a file with --rcp, and skip less")
+    if compare and RCP not in wanted:
+        raise EvaluationFailed("agreement is between a file and torch: name the file with --rcp")
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model = _Quantized.of(run, rcp)
+    text = text or default_text(model.base_model)
+    windows = cut(tokenize(model.tokenizer_json, text.content), window, max_tokens)
+    if not windows:
+        raise EvaluationFailed(f"{text.name}: expected at least two tokens of text")
+    fp16 = model_size(model.architecture, model.quantization, model.provenance, 0).fp16_bytes
+    results, differences = [], {}
+    if ORIGINAL in wanted:
+        assert run is not None
+        decoder = original_decoder(run.source()).to(target)
+        perplexity = torch_perplexity(decoder, windows, ORIGINAL)
+        results.append(ModelResult(name=ORIGINAL, perplexity=perplexity, bytes=fp16, ratio=1.0))
+    if FAKE_QUANT in wanted or compare:
+        decoder = baked_decoder(model.architecture, model.quantization, model.tensor).to(target)
+    if FAKE_QUANT in wanted:
+        results.append(ModelResult(name=FAKE_QUANT, perplexity=torch_perplexity(decoder, windows, FAKE_QUANT)))
+    if RCP in wanted:
+        assert rcp is not None
+        runtime = Runtime(rcp)
+        size, sha256 = rcp.stat().st_size, file_sha256(rcp)
+        perplexity = runtime.perplexity(windows, RCP)
+        results.append(ModelResult(name=RCP, perplexity=perplexity, bytes=size, ratio=fp16 / size, sha256=sha256))
+        if compare:
+            differences = agreement(decoder, runtime, windows)
+    return Evaluation(
+        text=text.name,
+        window=window,
+        tokens=sum(len(tokens) - 1 for tokens in windows),
+        models=results,
+        agreement=differences,
+    )
+
+
+def render(evaluation: Evaluation, console: Console) -> None:
+    """Print the table, and the agreement if it was measured."""
+    table = Table(
+        title=f"{evaluation.text}: {evaluation.tokens:,} tokens scored, windows of {evaluation.window}",
+        title_justify="left",
+    )
+    for heading in ("model", "perplexity", "bytes", "ratio to FP16"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for result in evaluation.models:
+        size = "" if result.bytes is None else f"{result.bytes:,}"
+        ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+        table.add_row(result.name, f"{result.perplexity:.3f}", size, ratio)
+    console.print(table)
+    if evaluation.agreement:
+        table = Table("agreement, teacher-forced", "same top-1", "mean KL (nats)")
+        for name, found in evaluation.agreement.items():
+            table.add_row(name, f"{found.top1_agreement:.4%}", f"{found.mean_kl:.3e}")
+        console.print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quantized:
+    """What is the same for a run and its file."""
+
+    base_model: str | None
+    provenance: Mapping[str, Any]
+    architecture: Architecture
+    quantization: Quantization
+    tokenizer_json: bytes
+    tensor: Callable[[str], NDArray[Any]]
+
+    @classmethod
+    def of(cls, run: Run | None, rcp: Path | None) -> _Quantized:
+        """Of a run, of a file, or of a file that was exported from the run (EvaluationFailed when it was not)."""
+        of_file = of_run = None
+        if rcp is not None:
+            file = RcpFile.open(rcp)
+            of_file = cls(
+                base_model=file.metadata.provenance.get("base_model"),
+                provenance=file.metadata.provenance,
+                architecture=file.architecture,
+                quantization=file.quantization,
+                tokenizer_json=file.tokenizer_json(),
+                tensor=file.tensor,
+            )
+        if run is not None:
+            run.require_finished()
+            of_run = cls(
+                base_model=run.record["model"],
+                provenance=run.provenance,
+                architecture=run.architecture,
+                quantization=run.quantization,
+                tokenizer_json=run.tokenizer_json,
+                tensor=run.tensor,
+            )
+        if of_run is not None and of_file is not None and not of_run._exported_as(of_file):
+            assert run is not None
+            raise EvaluationFailed(
+                f"{rcp}: was not exported from {run.folder}; name the run that it is from with --run"
+            )
+        chosen = of_run or of_file
+        assert chosen is not None
+        return chosen
+
+    def _exported_as(self, file: _Quantized) -> bool:
+        name = spec.linear_names(self.architecture)[0] + ".codes"
+        same = ("architecture", "quantization", "tokenizer_json")
+        return all(getattr(self, key) == getattr(file, key) for key in same) and np.array_equal(
+            self.tensor(name), file.tensor(name)
+        )

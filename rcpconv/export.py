@@ -1,0 +1,69 @@
+"""Turns a finished run into a `.rcp` file and proves that it holds what was trained. Knows nothing of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpconv.baking import hash_weights
+from rcpconv.errors import ExportMismatch
+from rcpconv.runs import Run
+from rcpformat import spec
+from rcpformat.metadata import RcpMetadata
+from rcpformat.reader import RcpFile
+from rcpformat.writer import WriteReport, write_rcp
+
+
+def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
+    """Write the run's model to `out`, one tensor in memory at a time; the same run gives the same bytes every time.
+
+    Before the file takes its name, every linear weight is decoded from it and compared (SHA-256) with what the training
+    forward used, and every other tensor with the run's, bit for bit.
+
+    Raises ExportMismatch where they differ, OutputExists or OutputNotWritable for `out`; nothing is written then.
+    """
+    metadata = RcpMetadata(
+        architecture=run.architecture,
+        quantization=run.quantization,
+        tokenizer=run.tokenizer,
+        generation=run.generation,
+        provenance=run.provenance,
+    )
+    names = spec.expected_tensors(run.architecture, run.quantization)
+    sources = {name: _source(run, name) for name in names}
+    return write_rcp(out, metadata, sources, force=force, check=lambda path: check_lossless(path, run))
+
+
+def _source(run: Run, name: str) -> Any:
+    if name == spec.TOKENIZER:
+        return lambda: np.frombuffer(run.tokenizer_json, dtype=np.uint8)
+    return lambda: run.tensor(name)
+
+
+def check_lossless(path: Path, run: Run) -> None:
+    """Raise ExportMismatch unless the file at `path` holds exactly what the run trained."""
+    with RcpFile.open(path) as file:
+        linears = spec.linear_names(file.architecture)
+        if missing := sorted(set(linears) ^ set(run.weight_hashes)):
+            raise ExportMismatch(
+                f"{run.folder}: weights.sha256.json does not list exactly the model's layers: {missing[0]}"
+            )
+        for name in linears:
+            if hash_weights(file.linear(name).weights()) != run.weight_hashes[name]:
+                raise ExportMismatch(
+                    f"{name}: the weights are not those that {run.folder} trained, by their SHA-256; the run folder was "
+                    "changed or damaged: run `rcpconv quantize` again"
+                )
+        for name in file.header_tensors:
+            written, trained = file.tensor(name), _source(run, name)()
+            if not _same_bits(written, trained):
+                raise ExportMismatch(
+                    f"{name}: the file's values are not those in {run.folder}; check the disk, try again"
+                )
+
+
+def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
