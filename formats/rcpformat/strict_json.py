@@ -19,7 +19,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         keys = sorted(key for key, _ in pairs)
         twice = next(a for a, b in pairwise(keys) if a == b)
-        raise DuplicateKey(f"JSON object: expected each key once, found {brief(twice)} twice")
+        raise DuplicateKey(f"expected each key once, found {brief(twice)} twice")
     return result
 
 
