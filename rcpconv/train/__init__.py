@@ -1,0 +1,1 @@
+"""Quantization-aware training: texts, tokens, losses, the loop, checkpoints and progress."""
