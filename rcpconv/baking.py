@@ -1,4 +1,4 @@
-"""Between a trained decoder and the tensors of a file (SPEC.md, section 7), in both directions. Knows nothing of paths."""
+"""Between a trained decoder and the tensors of a file (SPEC.md, section 7), in both directions. Knows no paths."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rcpformat import codec, spec
-from rcpformat.architecture import Architecture, Quantization
 from torch import Tensor
 
 from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
 from rcpconv.model import Decoder
 from rcpconv.parts import BakedParts
+from rcpformat import codec, spec
+from rcpformat.architecture import Architecture, Quantization
 
 Array = NDArray[Any]
 
@@ -44,7 +44,8 @@ def bake(decoder: Decoder) -> dict[str, Array]:
             out[name + ".bias"] = _numpy(linear.bias)
     for i, layer in enumerate(decoder.layers):
         prefix = spec.layer_prefix(i)
-        attn, mlp = layer.attn, layer.mlp
+        attn: Any = layer.attn
+        mlp: Any = layer.mlp
         sites = (attn.input_quantizer, attn.o_quantizer, mlp.input_quantizer, mlp.down_quantizer)
         out[prefix + "act_clip"] = _numpy(torch.cat([site.clip for site in sites]))
         out[prefix + "kv_clip"] = _numpy(torch.cat([attn.key_quantizer.clip, attn.value_quantizer.clip]))
@@ -52,9 +53,10 @@ def bake(decoder: Decoder) -> dict[str, Array]:
             out[prefix + "attn.q_norm"], out[prefix + "attn.k_norm"] = _numpy(attn.q_norm), _numpy(attn.k_norm)
     tables: list[tuple[str, Any]] = [(spec.EMBED, decoder.embed)]
     if a.tied_table:
-        out[spec.FINAL_GAIN] = _numpy(decoder.head_input.gain)
-        if decoder.head_input.signs is not None:
-            out[spec.ROTATION_SIGNS] = _numpy(decoder.head_input.signs.to(torch.int8))
+        head_input: Any = decoder.head_input
+        out[spec.FINAL_GAIN] = _numpy(head_input.gain)
+        if head_input.signs is not None:
+            out[spec.ROTATION_SIGNS] = _numpy(head_input.signs.to(torch.int8))
     else:
         tables.append((spec.HEAD, decoder.head))
     for name, table in tables:
@@ -94,9 +96,10 @@ def baked_decoder(
     decoder = Decoder(architecture, tensor(spec.INV_FREQ), parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options)
     with torch.no_grad():
         if architecture.tied_table:
-            decoder.head_input.gain.copy_(torch.from_numpy(np.array(tensor(spec.FINAL_GAIN))))
+            head_input: Any = decoder.head_input
+            head_input.gain.copy_(torch.from_numpy(np.array(tensor(spec.FINAL_GAIN))))
             if q.r1:
-                decoder.head_input.signs.copy_(torch.from_numpy(np.array(tensor(spec.ROTATION_SIGNS))))
+                head_input.signs.copy_(torch.from_numpy(np.array(tensor(spec.ROTATION_SIGNS))))
         if architecture.qk_norm:
             for i, layer in enumerate(decoder.layers):
                 for norm in ("q_norm", "k_norm"):

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from rcpformat.architecture import Architecture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rcpconv.hadamard import hadamard_transform
 from rcpconv.layers import ComputeOptions, RMSNorm, rms_norm
 from rcpconv.parts import Parts
+from rcpformat.architecture import Architecture
 
 
 class Attention(nn.Module):
@@ -100,7 +100,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, options: ComputeOptions) -> Tensor:
         """(B, T, C) residual stream in, float32, and out."""
         x_BTC = x_BTC + self.attn(self.attn_norm(x_BTC), (cos, sin), options)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        x_BTC = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        return x_BTC
 
 
 class OneTableInput(nn.Module):
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, C) float32: what the head takes."""
-        x = self.embed.embed(tokens_BT).to(self.options.dtype)  # type: ignore[operator, union-attr]
+        x = self.embed.embed(tokens_BT).to(self.options.dtype)  # type: ignore[operator]
         cos, sin = self.rope(tokens_BT.shape[1])
         for layer in self.layers:
             if self.options.checkpoint_layers and torch.is_grad_enabled():
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) from `hidden` -> (..., V) float32."""
-        return self.head.logits(hidden)  # type: ignore[no-any-return, operator, union-attr]
+        return self.head.logits(hidden)  # type: ignore[no-any-return, operator]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> logits (B, T, V) float32."""

@@ -1,16 +1,14 @@
-"""What a decoder is made of: the parts of an original, a training and a baked model. Knows nothing of how they are used."""
+"""What a decoder is made of: the parts of an original, a training and a baked model. Knows nothing of their use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rcpformat import codec, spec
-from rcpformat.architecture import Architecture, Quantization
 from torch import Tensor, nn
 
 from rcpconv.layers import (
@@ -26,6 +24,8 @@ from rcpconv.layers import (
     QuantTable,
 )
 from rcpconv.quantizers import weight_quantizer
+from rcpformat import codec, spec
+from rcpformat.architecture import Architecture, Quantization
 
 
 class Parts(Protocol):
@@ -118,7 +118,7 @@ class BakedParts:
     architecture: Architecture
     quantization: Quantization
     options: ComputeOptions
-    tensor: Callable[[str], NDArray[np.generic]]
+    tensor: Callable[[str], NDArray[Any]]
 
     def _get(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(self.tensor(name)))

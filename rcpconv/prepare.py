@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from rcpformat.architecture import Architecture, Quantization
 from torch import Tensor
 
 from rcpconv.checkpoint import SourceModel, TensorStore
-from rcpconv.hadamard import hadamard_transform
+from rcpconv.hadamard import apply_right
 from rcpconv.layers import ComputeOptions, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.parts import FloatParts, TrainingParts
+from rcpformat.architecture import Architecture, Quantization
+
+_Transforms = tuple[Callable[[Tensor], Tensor], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,15 @@ class PreparedModel:
             for name in ("attn.q_norm", "attn.k_norm"):
                 yield prefix + name, store.get(prefix + name, torch.float32)
         heads = _heads_first(a.head_dim)
-        steps: dict[str, tuple[str | None, tuple[Callable[[Tensor], Tensor], ...], tuple[Callable[[Tensor], Tensor], ...]]]
-        steps = {  # linear: (gain to fold, transforms of its input side, transforms of its output side)
+        steps: dict[str, tuple[str | None, _Transforms, _Transforms]] = {
+            # linear: (gain to fold, transforms of its input side, transforms of its output side)
             "attn.q": ("attn_norm", (self._rotate_input,), ()),
             "attn.k": ("attn_norm", (self._rotate_input,), ()),
             "attn.v": ("attn_norm", (self._rotate_input,), (heads,) if self.rotations.r2 else ()),
             "attn.o": (None, (heads,) if self.rotations.r2 else (), (self._rotate_input,)),
             "mlp.gate": ("mlp_norm", (self._rotate_input,), ()),
             "mlp.up": ("mlp_norm", (self._rotate_input,), ()),
-            "mlp.down": (None, (_hadamard,) if self.rotations.r4 else (), (self._rotate_input,)),
+            "mlp.down": (None, (apply_right,) if self.rotations.r4 else (), (self._rotate_input,)),
         }
         for kind, (gain, inputs, outputs) in steps.items():
             weight = store.get(f"{prefix}{kind}.weight", torch.float64)
@@ -96,16 +97,12 @@ class PreparedModel:
 
     def _rotate_input(self, rows: Tensor) -> Tensor:
         """R1 along the last axis."""
-        return _hadamard(rows * self.signs) if self.rotations.r1 else rows
-
-
-def _hadamard(rows: Tensor) -> Tensor:
-    return hadamard_transform(rows, normalized=True)
+        return apply_right(rows, self.signs) if self.rotations.r1 else rows
 
 
 def _heads_first(head_dim: int) -> Callable[[Tensor], Tensor]:
     """R2: the Hadamard transform of each block of head_dim along the last axis."""
-    return lambda rows: _hadamard(rows.reshape(*rows.shape[:-1], -1, head_dim)).reshape(rows.shape)
+    return lambda rows: apply_right(rows.reshape(*rows.shape[:-1], -1, head_dim)).reshape(rows.shape)
 
 
 def prepare(
@@ -113,8 +110,8 @@ def prepare(
 ) -> PreparedModel:
     """Fold the norms of `source` and rotate it.
 
-    one_table: keep one table for embedding and head, for a model with tied embeddings only (design: saves a quarter to a
-    third of small models' files); otherwise tied embeddings are untied first. seed: of R1's random signs.
+    one_table: keep one table for embedding and head, for a model with tied embeddings only (saves a quarter to
+    a third of a small model's file); otherwise tied embeddings are untied first. seed: of R1's random signs.
     """
     assert source.tied_embeddings or not one_table, "one table needs tied embeddings"
     architecture = dataclasses.replace(source.architecture, tied_table=one_table)
@@ -147,7 +144,7 @@ def _original_tensors(store: TensorStore, tied: bool, dtype: torch.dtype) -> Ite
 def original_decoder(
     source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
 ) -> Decoder:
-    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype; activations between layers float32."""
+    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype, residual stream float32."""
     parts = FloatParts(architecture=source.architecture, with_gains=True)
     decoder = Decoder(source.architecture, source.inv_freq, parts, r1=False, r3=False, r4=False, options=options)
     for parameter in decoder.parameters():

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from rcpformat import spec
 from torch import Tensor, nn
+
+from rcpformat import spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class WeightQuantizer(nn.Module):
 
     group_size: int
 
+    def initialise(self, weight_NK: Tensor, importance_K: Tensor | None = None) -> None:
+        """Set the quantizer's parameters from a weight. importance: weight of each input channel, None = all equal."""
+        raise NotImplementedError
+
     def forward(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Integer-valued float weights (N, K), differentiable, and the row scale (N,) float32, which is not."""
         raise NotImplementedError
@@ -70,7 +75,7 @@ def group_mask(k: int, group_size: int, device: torch.device) -> Tensor:
 
 
 def row_scale(levels_NG4: Tensor) -> Tensor:
-    """The row scale (N,) that maps the largest level of a row to 127 (design: LDP: row maximum / 127); 1 for zero rows."""
+    """The row scale (N,) that maps the largest level of a row to 127 (row maximum / 127); 1 for zero rows."""
     peak = levels_NG4.detach().abs().amax(dim=(1, 2))
     scale = peak / spec.LEVEL_LIMIT
     return torch.where(scale < 2 * spec.SMALLEST_SCALE, 1.0, scale)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from rcpformat import arithmetic
 from rcpformat.spec import LEVEL_LIMIT
-from torch import Tensor
 
 SMALLEST_KV_SCALE = float(arithmetic.SMALLEST_KV_SCALE)
 LARGEST_HALF = float(arithmetic.LARGEST_HALF)
@@ -28,7 +29,7 @@ class _RoundSTE(torch.autograd.Function):
         return torch.round(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -38,18 +39,18 @@ class _HalfSTE(torch.autograd.Function):
         return x.to(torch.float16).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes straight through (Bengio et al., arXiv 1308.3432)."""
-    return _RoundSTE.apply(x)  # type: ignore[no-any-return]
+    return _RoundSTE.apply(x)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def half_ste(x: Tensor) -> Tensor:
     """Round to the nearest float16 value, kept in x's dtype; the gradient passes straight through."""
-    return _HalfSTE.apply(x)  # type: ignore[no-any-return]
+    return _HalfSTE.apply(x)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Quantized(NamedTuple):
@@ -129,7 +130,7 @@ class _IntegerLinear(torch.autograd.Function):
         return sums.to(scale_M1.dtype).mul_(scale_M1).mul_(row_scale_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
         codes_MK, scale_M1, integers_NK, row_scale_N = ctx.saved_tensors
         scaled_MN = grad_MN.float() * row_scale_N
         inner_MK = _integer_mm(scaled_MN, integers_NK, half=ctx.half)
@@ -148,8 +149,8 @@ def integer_linear(x: Quantized, integers_NK: Tensor, row_scale_N: Tensor, bias_
     """
     shape = x.codes.shape
     chunk = exact_chunk(LEVEL_LIMIT * 2 ** (x.bits - 1))
-    y_MN = _IntegerLinear.apply(
+    y_MN: Tensor = _IntegerLinear.apply(  # type: ignore[no-untyped-call]
         x.codes.reshape(-1, shape[-1]), x.scale.reshape(-1, 1), integers_NK, row_scale_N, chunk, half
     )
-    y = y_MN.reshape(*shape[:-1], integers_NK.shape[0])  # type: ignore[attr-defined]
-    return y if bias_N is None else y + bias_N  # type: ignore[no-any-return]
+    y = y_MN.reshape(*shape[:-1], integers_NK.shape[0])
+    return y if bias_N is None else y + bias_N

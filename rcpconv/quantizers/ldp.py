@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rcpformat import spec
 from torch import Tensor, nn
 
 from rcpconv.quantizers.base import WeightCodes, WeightQuantizer, from_groups, group_mask, row_scale, to_groups
 from rcpconv.quantizers.functional import round_ste
+from rcpformat import spec
 
 SMALLEST_SPAN = 1e-8
 """hi - lo never falls below this, so that constant and zero groups have a partition too."""
@@ -34,8 +34,8 @@ _INSIDE = 4
 class _SelectLevels(torch.autograd.Function):
     """out = levels[code], with code the partition that the weight falls in.
 
-    Gradients: for the levels exact (each gets the sum over its weights); for the weight straight through where it lies in
-    [lo, hi], divided by the row scale, since the output is in units of it.
+    Gradients: for the levels exact (each gets the sum over its weights); for the weight straight through where it
+    lies in [lo, hi], divided by the row scale, since the output is in units of it.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class _SelectLevels(torch.autograd.Function):
         return torch.gather(levels_NG4, 2, code.long())
 
     @staticmethod
-    def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:
         packed, scale_N = ctx.saved_tensors
         code = packed & _CODE_BITS
         grad_weight = torch.where(packed >= _INSIDE, grad_NGg, 0.0) / scale_N[:, None, None]
@@ -141,8 +141,8 @@ class LDPQuantizer(WeightQuantizer):
         """See WeightQuantizer.forward."""
         grouped = to_groups(weight_NK, self.group_size)
         rounded, real_NG4, scale_N = self._rounded(grouped)
-        integers = _SelectLevels.apply(grouped, rounded, real_NG4.detach(), scale_N)
-        return from_groups(integers, weight_NK.shape[1]), scale_N  # type: ignore[arg-type]
+        integers: Tensor = _SelectLevels.apply(grouped, rounded, real_NG4.detach(), scale_N)  # type: ignore[no-untyped-call]
+        return from_groups(integers, weight_NK.shape[1]), scale_N
 
     @torch.no_grad()
     def bake(self, weight_NK: Tensor) -> WeightCodes:

@@ -6,10 +6,10 @@ Shape suffixes: V rows, D columns.
 from __future__ import annotations
 
 import torch
-from rcpformat import spec
 from torch import Tensor
 
 from rcpconv.quantizers.functional import half_ste, round_ste
+from rcpformat import spec
 
 
 def int8_rows(table_VD: Tensor) -> tuple[Tensor, Tensor]:
