@@ -1,0 +1,64 @@
+"""What every backend offers, and the choice of one. Knows nothing of any backend's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpformat.reader import RcpFile
+from rcprun.errors import BackendUnavailable
+
+BACKENDS = ("auto", "numpy", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes that a backend holds."""
+
+    weights: int
+    kv_cache: int
+
+
+class Backend(Protocol):
+    """One model, ready to run, with one sequence in its KV cache.
+
+    The caller checks token ids and lengths: 0 <= id < vocab_size, and length + len(tokens) <= context.
+    """
+
+    name: str
+    context: int
+    """Tokens that the KV cache can hold."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+
+    def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append one token or more to the sequence; the logits (V,) after the last of them."""
+
+    def forward_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Append tokens; the logits after each of them, in order, as blocks (M, V) of bounded size."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens of the sequence but the first `length`."""
+
+    def memory(self) -> MemoryUse:
+        """Bytes held now."""
+
+
+def create(name: str, file: RcpFile, context: int) -> Backend:
+    """A backend by its name, one of BACKENDS; "auto" takes the fastest one that can run here.
+
+    Raises BackendUnavailable.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if name == "cuda":
+        raise BackendUnavailable("backend cuda: this installation has no CUDA backend; use --backend numpy")
+    from rcprun.backends.numpy import NumpyBackend
+
+    return NumpyBackend(file, context)

@@ -1,0 +1,84 @@
+"""The quantized KV cache: packed codes, float16 low and step, for one sequence. Knows nothing of attention.
+
+A 4-bit byte holds elements i and i + D/2 of a vector (low and high nibble), so that unpacking writes contiguous halves.
+
+Shape suffixes: G KV heads, T cached tokens, M new tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rcpformat.architecture import Architecture
+from rcpformat.arithmetic import Float32Array, UInt8Array, quantize_kv
+
+KEY, VALUE = 0, 1
+_FIRST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class CachedVectors:
+    """Keys or values read back: vector = low + code * step. codes (G, T, D), low and step (G, T), all float32."""
+
+    codes: Float32Array
+    low: Float32Array
+    step: Float32Array
+
+
+class KVCache:
+    """Keys and values of all layers for up to `context` tokens; grows by doubling, so short texts use little."""
+
+    def __init__(self, architecture: Architecture, bits: int, context: int) -> None:
+        self.bits = bits
+        self.context = context
+        self.capacity = 0
+        self.kv_heads = architecture.num_kv_heads
+        self._bytes = architecture.head_dim * bits // 8
+        self._sites = (architecture.num_layers, 2, architecture.num_kv_heads)
+        self._codes = np.empty((*self._sites, 0, self._bytes), dtype=np.uint8)
+        self._low = np.empty((*self._sites, 0), dtype=np.float16)
+        self._step = np.empty((*self._sites, 0), dtype=np.float16)
+        self.reserve(min(context, _FIRST_CAPACITY))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, at the present capacity."""
+        return self._codes.nbytes + self._low.nbytes + self._step.nbytes
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens, at most `context`."""
+        if length <= self.capacity:
+            return
+        old = self.capacity
+        self.capacity = min(self.context, max(length, 2 * old))
+        codes = np.empty((*self._sites, self.capacity, self._bytes), dtype=np.uint8)
+        low, step = (np.empty((*self._sites, self.capacity), dtype=np.float16) for _ in range(2))
+        codes[..., :old, :], low[..., :old], step[..., :old] = self._codes, self._low, self._step
+        self._codes, self._low, self._step = codes, low, step
+
+    def write(self, layer: int, site: int, start: int, x_MGD: Float32Array, clip: np.float32) -> None:
+        """Quantize the keys or values (site) of M tokens and store them at positions start, start + 1, …"""
+        vectors = quantize_kv(x_MGD, clip, self.bits)
+        place = (layer, site, slice(None), slice(start, start + len(x_MGD)))
+        packed = vectors.codes
+        if self.bits == 4:
+            half = packed.shape[-1] // 2
+            packed = packed[..., :half] | (packed[..., half:] << np.uint8(4))
+        self._codes[place] = packed.swapaxes(0, 1)
+        self._low[place] = vectors.low[..., 0].T
+        self._step[place] = vectors.step[..., 0].T
+
+    def read(self, layer: int, site: int, heads: slice, tokens: slice) -> CachedVectors:
+        """The keys or values (site) of some KV heads and positions."""
+        place = (layer, site, heads, tokens)
+        packed: UInt8Array = self._codes[place]
+        if self.bits == 4:
+            half = packed.shape[-1]
+            codes = np.empty((*packed.shape[:-1], 2 * half), dtype=np.float32)
+            codes[..., :half] = packed & 15
+            codes[..., half:] = packed >> 4
+        else:
+            codes = packed.astype(np.float32)
+        return CachedVectors(codes, self._low[place].astype(np.float32), self._step[place].astype(np.float32))

@@ -1,0 +1,295 @@
+"""The command line of the runtime, `rcp-run`: a shell around rcprun.model. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from rcprun.errors import INTERRUPTED_EXIT_CODE, BadRequest, ContextOverflow, OutOfMemory, RcpRunError
+
+if TYPE_CHECKING:
+    from rcprun.engine import Generation, GenerationResult
+    from rcprun.model import Model
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done                         5  backend cannot run here (no GPU)
+  2  bad option, prompt or ids    6  download from the Hub failed
+  3  bad or missing model file    7  chat template missing or failed
+  4  prompt exceeds the context   8  out of memory
+  130  interrupted by Ctrl-C; what was generated and the summary are printed
+"""
+
+
+class _RunUnlessNamed(click.Group):
+    """`rcp-run MODEL …` is `rcp-run run MODEL …`: the first word names a command only when it is one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+class _Run(click.Command):
+    """The command that goes without its name, in usage lines too."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        return super().make_context(parent.info_name if parent else info_name, args, **extra)
+
+
+@click.group(cls=_RunUnlessNamed)
+def main() -> None:
+    """Run `.rcp` models."""
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command that loads a model takes."""
+    for decorate in (
+        click.option("--verify", is_flag=True, help="Check the file's hashes before running it."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "numpy", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="What computes; auto takes the GPU where there is one.",
+        ),
+        click.option("-c", "--context", type=click.IntRange(1), help="Tokens of prompt and reply together."),
+        click.argument("model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+@main.command(cls=_Run, epilog=EXIT_CODES)
+@_model_options
+@click.option("-p", "--prompt", help="The prompt; with --chat, one message of the user's.")
+@click.option("-f", "--file", "prompt_file", type=click.File("rb"), help="Read the prompt from a file.")
+@click.option("--chat", is_flag=True, help="Use the model's chat template; without a prompt, talk turn by turn.")
+@click.option("--system", help="System message, with --chat.")
+@click.option("-n", "--max-tokens", type=click.IntRange(1), help="Most tokens to generate.  [default: 256; chat: any]")
+@click.option("--temp", "temperature", type=float, help="Temperature; 0 is greedy.  [default: the model's, else 0.8]")
+@click.option("--top-k", type=int, help="Keep the k likeliest; 0 is off.  [default: the model's, else 40]")
+@click.option("--top-p", type=float, help="Keep this much probability; 1 is off.  [default: the model's, else 0.95]")
+@click.option("--min-p", type=float, help="Least share of the likeliest; 0 is off.  [default: the model's, else 0.05]")
+@click.option("--repeat-penalty", type=float, help="On the last 64 tokens; 1 is off.  [default: the model's, else 1]")
+@click.option("--seed", type=int, help="Makes sampling reproducible.  [default: random]")
+@click.option("--stop", multiple=True, help="End before this text; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text as it comes.")
+def run(
+    model: str,
+    context: int | None,
+    backend: str,
+    verify: bool,
+    prompt: str | None,
+    prompt_file: Any,
+    chat: bool,
+    system: str | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Generate text with MODEL: a .rcp file, or user/repo or hf://user/repo/file.rcp on the Hugging Face Hub.
+
+    The prompt comes from --prompt, from -f FILE, or from standard input when that is a pipe or a file. The text goes to
+    standard output as it is generated, a summary to standard error.
+
+    Tokens are chosen in this order: repeat penalty, top-k, top-p, min-p, temperature.
+
+    `rcp-run score MODEL` computes log-likelihoods instead; see `rcp-run score --help`.
+    """
+    with _errors_to_exit_codes():
+        if system is not None and not chat:
+            raise BadRequest("--system goes with --chat")
+        talk = chat and prompt is None and prompt_file is None
+        if talk and as_json:
+            raise BadRequest("--json goes with a prompt; it cannot be used to talk turn by turn")
+        text = "" if talk else _read_prompt(prompt, prompt_file)
+        from rcprun.model import DEFAULT_MAX_TOKENS, load
+
+        loaded = load(model, backend=backend, context=context, verify=verify)
+        options = sampling | {"stop": stop, "max_tokens": max_tokens}
+        if talk:
+            _talk(loaded, system, options)
+            return
+        if chat:
+            generation = loaded.conversation(system).send(text, **options)
+        else:
+            generation = loaded.stream(text, **options | {"max_tokens": max_tokens or DEFAULT_MAX_TOKENS})
+        interrupted = _show(generation, None if as_json else sys.stdout)
+        if as_json:
+            click.echo(_as_json(loaded, generation.result))
+        _summarize(loaded, generation.result)
+        if interrupted:
+            sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+@main.command(epilog=EXIT_CODES)
+@_model_options
+@click.option(
+    "--tokens", "tokens_file", type=click.File(encoding="utf-8"), required=True, help="JSON lines; - is standard input."
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to standard output.")
+@click.option("--top1", is_flag=True, help="Add the likeliest next token after each token.")
+@click.option("--logits", type=click.Path(dir_okay=False, path_type=Path), help="Write all logits to this .npy file.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+def score(
+    model: str,
+    context: int | None,
+    backend: str,
+    verify: bool,
+    tokens_file: Any,
+    out: Path | None,
+    top1: bool,
+    logits: Path | None,
+    force: bool,
+) -> None:
+    """Log-likelihoods of given tokens under MODEL.
+
+    Reads JSON lines, each a list of token ids or {"tokens": [...]}, each a sequence of its own. Writes a JSON line for
+    each: n, its number of tokens; token_logprobs, the natural log-likelihoods of all but the first; logprob, their sum.
+    --logits is float32, one row after every token, sequence after sequence.
+    """
+    with _errors_to_exit_codes():
+        from rcprun.model import load
+        from rcprun.score import score_file
+
+        loaded = load(model, backend=backend, context=context, verify=verify)
+        score_file(loaded.backend, loaded.file.architecture.vocab_size, tokens_file, out, top1, logits, force)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
+    """The text of --prompt, -f or standard input, whichever one is given."""
+    if prompt is not None and prompt_file is not None:
+        raise BadRequest("give the prompt with --prompt or with -f, not both")
+    if prompt is None:
+        source = prompt_file
+        if source is None:
+            source = sys.stdin.buffer
+            if source.isatty():
+                raise BadRequest("no prompt; give one with --prompt, with -f, or on standard input")
+        try:
+            prompt = source.read().decode()
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not prompt:
+        raise BadRequest("the prompt is empty; give some text")
+    return prompt
+
+
+def _show(generation: Generation, out: Any) -> bool:
+    """Write the text as it comes (where there is an `out`); whether Ctrl-C ended it."""
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")  # a terminal that knows no UTF-8 still shows the rest
+    try:
+        for piece in generation:
+            if out is not None and piece.text:
+                out.write(piece.text)
+                out.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    else:
+        interrupted = False
+    if out is not None:
+        out.write("\n")
+        out.flush()
+    return interrupted
+
+
+def _talk(model: Model, system: str | None, options: dict[str, Any]) -> None:
+    """Turn by turn until /exit or the end of the input. Ctrl-C ends a reply; between replies, the program."""
+    conversation = model.conversation(system)
+    click.echo("/clear forgets the conversation, /exit ends it.", err=True)
+    while True:
+        click.echo("> ", err=True, nl=False)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"the input is not UTF-8: {error.reason}") from None
+        text = line.strip()
+        if not line or text == "/exit":
+            return
+        if text == "/clear":
+            conversation.clear()
+        elif text:
+            try:
+                generation = conversation.send(text, **options)
+            except ContextOverflow as error:
+                click.echo(f"{error}, or /clear", err=True)
+                continue
+            _show(generation, sys.stdout)
+            _summarize(model, generation.result)
+
+
+def _as_json(model: Model, result: GenerationResult) -> str:
+    import json
+
+    timings, memory = result.timings, model.backend.memory()
+    return json.dumps(
+        {
+            "text": result.text,
+            "tokens": result.tokens,
+            "prompt_tokens": result.prompt_tokens,
+            "stop_reason": result.stop_reason,
+            "seed": result.seed,
+            "backend": model.backend.name,
+            "timings": {
+                "prefill_tokens": timings.prefill_tokens,
+                "prefill_seconds": timings.prefill_seconds,
+                "prefill_tokens_per_second": timings.prefill_rate,
+                "decode_tokens": timings.decode_tokens,
+                "decode_seconds": timings.decode_seconds,
+                "decode_tokens_per_second": timings.decode_rate,
+            },
+            "memory": {"weights": memory.weights, "kv_cache": memory.kv_cache, "peak_rss": _peak_rss()},
+        },
+        ensure_ascii=False,
+    )
+
+
+def _summarize(model: Model, result: GenerationResult) -> None:
+    """One line on standard error."""
+    timings, memory, peak = result.timings, model.backend.memory(), _peak_rss()
+    click.echo(
+        f"[{model.backend.name}] prefill {timings.prefill_tokens} tokens, {timings.prefill_rate:.1f} tokens/s | "
+        f"decode {timings.decode_tokens} tokens, {timings.decode_rate:.1f} tokens/s | {result.stop_reason} | "
+        f"weights {memory.weights / 2**20:.1f} MiB, KV cache {memory.kv_cache / 2**20:.1f} MiB"
+        + (f", peak RSS {peak / 2**20:.0f} MiB" if peak else ""),
+        err=True,
+    )
+
+
+def _peak_rss() -> int | None:
+    """Bytes of physical memory that this process had at most; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+@contextmanager
+def _errors_to_exit_codes() -> Iterator[None]:
+    """One line on standard error and the documented exit code for everything that a user can cause."""
+    try:
+        yield
+    except RcpRunError as error:
+        _fail(error)
+    except MemoryError:
+        _fail(OutOfMemory("not enough memory for this model and context; try a smaller --context"))
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _fail(error: RcpRunError) -> NoReturn:
+    click.echo(f"rcp-run: {' '.join(str(error).split())}", err=True)
+    sys.exit(error.exit_code)

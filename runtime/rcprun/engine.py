@@ -1,0 +1,184 @@
+"""Generates tokens: the loop around a backend. Knows nothing of files, text encoding of prompts or the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rcprun.backends import Backend
+from rcprun.errors import BadRequest, ContextOverflow
+from rcprun.sampling import Sampler
+from rcprun.tokenizer import StopStrings, TextStream, Tokenizer
+
+StopReason = Literal["eos", "stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token, and the text that could be shown after it: often its own, sometimes none, or more."""
+
+    token: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """How long a generation took."""
+
+    prefill_tokens: int
+    """Tokens of the prompt that were computed; less than the prompt where a chat's cache held its beginning."""
+    prefill_seconds: float
+    decode_tokens: int
+    """Tokens computed one by one: all generated ones but the first, which the prefill gives."""
+    decode_seconds: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second; 0 when there were none."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second; 0 when there were none."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What was generated."""
+
+    text: str
+    """Without special tokens, and cut before a stop string."""
+    tokens: list[int]
+    """Every generated id, the one that ended the generation included."""
+    prompt_tokens: int
+    stop_reason: StopReason
+    """eos: an end-of-sequence id; stop: a stop string; length: max_tokens; context: it is full; interrupted: Ctrl-C
+    or an iteration that was left early."""
+    seed: int
+    timings: Timings
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int, context: int) -> list[int]:
+    """The tokens as plain ints. Raises BadRequest when there are none or an id is out of range, ContextOverflow."""
+    if len(tokens) == 0:
+        raise BadRequest("the prompt is empty; give some text")
+    out = []
+    for place, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+            raise BadRequest(f"token {place}: expected an id from 0 to {vocab_size - 1}, found {token!r}")
+        out.append(int(token))
+    if len(out) > context:
+        raise ContextOverflow(f"{len(out)} tokens do not fit into the context of {context}; shorten them, or --context")
+    return out
+
+
+class Generation:
+    """A running generation: iterate for its pieces, then (or at any time) read its `result`.
+
+    Ctrl-C while iterating leaves the result consistent and is raised again.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        cached: int = 0,
+        sampler: Sampler,
+        max_tokens: int | None,
+        stop: Sequence[str],
+    ) -> None:
+        """prompt: checked ids, of which the backend's cache holds exactly the first `cached`, fewer than all."""
+        if max_tokens is not None and max_tokens < 1:
+            raise BadRequest(f"max_tokens: expected 1 or more, found {max_tokens}")
+        self._backend = backend
+        self._sampler = sampler
+        self._history = list(prompt)
+        self._prompt_tokens = len(prompt)
+        self._cached = cached
+        self._max_tokens = max_tokens
+        room = backend.context - len(prompt) + 1  # the last token generated needs no place in the cache
+        self._limit = room if max_tokens is None else min(max_tokens, room)
+        self._eos = frozenset(tokenizer.info.eos_ids)
+        self._text = TextStream(tokenizer, prompt)
+        self._stop = StopStrings(stop)
+        self._shown: list[str] = []
+        self._reason: StopReason = "interrupted"
+        self._prefill_seconds = 0.0
+        self._decode_seconds = 0.0
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the generation here."""
+        self._pieces.close()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and all that was generated so far."""
+        return list(self._history)
+
+    @property
+    def result(self) -> GenerationResult:
+        """The generation so far; final once the iteration has ended."""
+        generated = self._history[self._prompt_tokens :]
+        return GenerationResult(
+            text="".join(self._shown),
+            tokens=generated,
+            prompt_tokens=self._prompt_tokens,
+            stop_reason=self._reason,
+            seed=self._sampler.seed,
+            timings=Timings(
+                prefill_tokens=self._prompt_tokens - self._cached,
+                prefill_seconds=self._prefill_seconds,
+                decode_tokens=max(0, len(generated) - 1),
+                decode_seconds=self._decode_seconds,
+            ),
+        )
+
+    def _run(self) -> Generator[Piece, None, None]:
+        pending = self._history[self._cached :]
+        for produced in range(1, self._limit + 1):
+            began = time.perf_counter()
+            token = self._sampler.sample(self._backend.forward(pending), self._history)
+            self._history.append(token)
+            pending = [token]
+            text, reason = self._text_after(token, produced)
+            seconds = time.perf_counter() - began
+            if produced == 1:
+                self._prefill_seconds = seconds
+            else:
+                self._decode_seconds += seconds
+            self._shown.append(text)
+            self._reason = reason or self._reason
+            yield Piece(token, text)
+            if reason:
+                return
+
+    def _text_after(self, token: int, produced: int) -> tuple[str, StopReason | None]:
+        """What can be shown after this token, and why it is the last one, if it is."""
+        text = ""
+        if token not in self._eos:
+            text, found = self._stop.push(self._text.push(token))
+            if found:
+                return text, "stop"
+            if produced < self._limit:
+                return text, None
+        rest, found = self._stop.push(self._text.flush())
+        text += rest + self._stop.flush()
+        if token in self._eos:
+            return text, "eos"
+        if found:
+            return text, "stop"
+        return text, "length" if produced == self._max_tokens else "context"

@@ -1,0 +1,220 @@
+"""The Python interface: load a model, then generate, stream, chat or score. Knows nothing of the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
+
+from rcpformat.errors import FormatError, UnreadableFile
+from rcpformat.reader import RcpFile
+from rcprun import backends, hub
+from rcprun.chat import Message, render_chat
+from rcprun.engine import Generation, GenerationResult, Piece, check_tokens
+from rcprun.errors import BadModelFile, BadRequest
+from rcprun.sampling import Sampler, SamplingOptions
+from rcprun.score import SequenceScore, score_sequence
+from rcprun.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of SamplingOptions; None or left out stands for the model's default."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    seed: int | None
+
+
+def load(
+    model: str | os.PathLike[str], *, backend: str = "auto", context: int | None = None, verify: bool = False
+) -> Model:
+    """Open a `.rcp` file and make it ready to run.
+
+    model: a path, or a Hub name (user/repo, hf://user/repo, hf://user/repo/file.rcp), downloaded when it is not cached.
+    backend: "auto", "numpy" or "cuda". context: tokens that prompt and reply may have together; by default, and at
+    most, what the model was trained for. verify: check the file's hashes first (seconds a gigabyte).
+
+    Raises RcpRunError: BadModelFile, HubError, BackendUnavailable, BadRequest.
+    """
+    path = hub.resolve(model)
+    try:
+        file = RcpFile.open(path, verify=verify)
+        trained = file.architecture.max_position_embeddings
+        if context is not None and not 1 <= context <= trained:
+            raise BadRequest(f"context: expected from 1 to {trained} tokens, as the model was trained; found {context}")
+        return Model(file, backends.create(backend, file, context or trained))
+    except UnreadableFile as error:
+        raise BadModelFile(str(error)) from error
+    except FormatError as error:
+        raise BadModelFile(f"{path}: {error}") from error
+
+
+class Model:
+    """A loaded model. It runs one sequence at a time: what starts a new one ends the generation before it."""
+
+    def __init__(self, file: RcpFile, backend: backends.Backend) -> None:
+        self.file = file
+        self.backend = backend
+        self.tokenizer = Tokenizer(file.tokenizer_json(), file.metadata.tokenizer)
+        self._running: Generation | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its reply may have together."""
+        return self.backend.context
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The checked token ids of a plain prompt. Raises BadRequest or ContextOverflow."""
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt) if prompt else []
+        return check_tokens(prompt, self.file.architecture.vocab_size, self.context)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Generation:
+        """Start a generation: an iterator of `Piece`s (token id, text), with a `result` at the end.
+
+        prompt: text, or token ids that are used as they are. max_tokens: None goes on until the model ends or the
+        context is full. stop: strings that end the generation and are not part of its text. sampling: the fields of
+        SamplingOptions; the model's own defaults fill in. Raises BadRequest or ContextOverflow.
+        """
+        return self._start(self.encode(prompt), max_tokens, stop, sampling, reuse_cache=False)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        on_token: Callable[[Piece], None] | None = None,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> GenerationResult:
+        """`stream` to its end, calling on_token with each piece; the text and how it came about."""
+        return _exhaust(self.stream(prompt, max_tokens=max_tokens, stop=stop, **sampling), on_token)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        on_token: Callable[[Piece], None] | None = None,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> GenerationResult:
+        """The reply to messages ({"role", "content"}), through the model's chat template.
+
+        Raises ChatTemplateError, BadRequest or ContextOverflow.
+        """
+        prompt = self.encode_chat(messages)
+        return _exhaust(self._start(prompt, max_tokens, stop, sampling, reuse_cache=False), on_token)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The checked token ids that the model's chat template makes of messages. Raises as `chat`."""
+        info = self.tokenizer.info
+        text = render_chat(
+            info.chat_template,
+            messages,
+            bos_token=self.tokenizer.token(info.bos_id),
+            eos_token=self.tokenizer.token(info.eos_ids[0] if info.eos_ids else None),
+        )
+        return check_tokens(self.tokenizer.encode_raw(text), self.file.architecture.vocab_size, self.context)
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """A chat of several turns that computes only what is new in each."""
+        return Conversation(self, system)
+
+    def score(self, tokens: Sequence[int]) -> SequenceScore:
+        """The log-likelihood of each token but the first, given those before it. Raises BadRequest, ContextOverflow."""
+        checked = check_tokens(tokens, self.file.architecture.vocab_size, self.context)
+        self._end_running()
+        return score_sequence(self.backend, checked)
+
+    def _start(
+        self,
+        prompt: list[int],
+        max_tokens: int | None,
+        stop: Sequence[str],
+        sampling: SamplingKeywords,
+        *,
+        reuse_cache: bool,
+    ) -> Generation:
+        try:
+            options = SamplingOptions.with_defaults(self.file.metadata.generation, **sampling)
+        except TypeError as error:
+            raise BadRequest(f"sampling options: {error}") from None
+        held = self._running.tokens[: self.backend.length] if self._running and reuse_cache else []
+        self._end_running()
+        cached = _common_prefix(held, prompt[:-1])
+        self.backend.truncate(cached)
+        self._running = Generation(
+            self.backend,
+            self.tokenizer,
+            prompt,
+            cached=cached,
+            sampler=Sampler(options),
+            max_tokens=max_tokens,
+            stop=stop,
+        )
+        return self._running
+
+    def _end_running(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+class Conversation:
+    """Turns of a chat. The KV cache keeps what the rendered messages have in common from turn to turn."""
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self._model = model
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[dict[str, str]] = []
+        self._reply: Generation | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All messages so far; a reply counts with what it has so far."""
+        reply = [{"role": "assistant", "content": self._reply.result.text.strip()}] if self._reply else []
+        return self._system + self._turns + reply
+
+    def send(
+        self,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Generation:
+        """Say something; the reply, still to be iterated. After an error the conversation is as it was before."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._model.encode_chat(messages)
+        self._reply = self._model._start(prompt, max_tokens, stop, sampling, reuse_cache=True)
+        self._turns = messages[len(self._system) :]
+        return self._reply
+
+    def clear(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._turns, self._reply = [], None
+
+
+def _exhaust(generation: Generation, on_token: Callable[[Piece], None] | None) -> GenerationResult:
+    for piece in generation:
+        if on_token is not None:
+            on_token(piece)
+    return generation.result
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
