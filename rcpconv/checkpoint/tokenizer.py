@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from rcpconv.checkpoint.layout import read_optional_json
@@ -109,9 +109,11 @@ def _convert_folder(folder: Path, converted: Path) -> None:
                     f"{folder}: added token {flags['content']!r} has id {id}, which does not follow the "
                     f"{tokenizer.get_vocab_size()} others; add the tokenizer.json of this model"
                 )
+    defaults = {"bos_token": tokenizer.id_to_token(tokenizer.encode("").ids[0])}
+    if settings.get("add_bos_token") is False:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     tokenizer.save(str(converted / "tokenizer.json"))
     settings.pop("tokenizer_class", None)
-    defaults = {"bos_token": tokenizer.id_to_token(tokenizer.encode("").ids[0])}
     (converted / "tokenizer_config.json").write_text(json.dumps(defaults | settings), encoding="utf-8")
     for name in _SIDE_FILES:
         if (folder / name).is_file():
