@@ -194,12 +194,16 @@ class QuantTable(nn.Module):
         rows = F.embedding(tokens_BT, self.weight)
         return fake_quantize_rows(rows.flatten(0, -2), self.bits).reshape(rows.shape)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V) float32."""
-        if self.bits == 16:
-            return F.linear(half_ste(x), half_ste(self.weight))
-        integers, scale = int8_rows(self.weight)
-        return integer_linear(quantize_activations(x, 1.0, 8), integers, scale, None, self.options.half)
+    def quantized(self) -> tuple[Tensor, Tensor | None]:
+        """Integer-valued rows and their scales, or float16 values and None; differentiable. What `logits` takes."""
+        return (half_ste(self.weight), None) if self.bits == 16 else int8_rows(self.weight)
+
+    def logits(self, x: Tensor, quantized: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """(..., C) -> (..., V) float32; from an earlier `quantized()` where there is one."""
+        table, scale = quantized or self.quantized()
+        if scale is None:
+            return F.linear(half_ste(x), table)
+        return integer_linear(quantize_activations(x, 1.0, 8), table, scale, None, self.options.half)
 
     @torch.no_grad()
     def bake(self) -> tuple[Tensor, Tensor | None]:
