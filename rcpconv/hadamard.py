@@ -60,26 +60,32 @@ def _stage(y: Tensor, matrix: Tensor, stride: int) -> Tensor:
     return matrix @ y
 
 
-class _Transform(torch.autograd.Function):
+@torch.library.custom_op("rcpconv::hadamard", mutates_args=())
+def _hadamard(x: Tensor, transpose: bool, normalized: bool) -> Tensor:
+    """An operator of its own, so that torch.compile neither traces the construction nor loses the float32 guarantee."""
+    y = x
+    with _true_float32(x.device):
+        for matrix, stride in _stages(x.shape[-1], x.dtype, x.device, transpose):
+            y = _stage(y, matrix, stride)
+    y = x.clone() if y is x else y.reshape(x.shape)  # block 1 has no stages
+    return (y * hadamard_factor(x.shape[-1]).norm if normalized else y).contiguous()
+
+
+@_hadamard.register_fake
+def _(x: Tensor, transpose: bool, normalized: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, bool, bool], output: Tensor) -> None:
+    _, ctx.transpose, ctx.normalized = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """y = H x is linear, so its gradient is the transposed transform (and that one's is the transform)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, transpose: bool, normalized: bool) -> Tensor:
-        ctx.transpose, ctx.normalized = transpose, normalized
-        y = x
-        with _true_float32(x.device):
-            for matrix, stride in _stages(x.shape[-1], x.dtype, x.device, transpose):
-                y = _stage(y, matrix, stride)
-        y = x.clone() if y is x else y.reshape(x.shape)  # block 1 has no stages
-        return y * hadamard_factor(x.shape[-1]).norm if normalized else y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _apply(grad, not ctx.transpose, ctx.normalized), None, None
+    return _hadamard(grad, not ctx.transpose, ctx.normalized), None, None
 
 
-def _apply(x: Tensor, transpose: bool, normalized: bool) -> Tensor:
-    return _Transform.apply(x, transpose, normalized)  # type: ignore[no-untyped-call, no-any-return]
+_hadamard.register_autograd(_backward, setup_context=_remember)
 
 
 def hadamard_transform(x: Tensor, *, transpose: bool = False, normalized: bool = False) -> Tensor:
@@ -95,7 +101,7 @@ def hadamard_transform(x: Tensor, *, transpose: bool = False, normalized: bool =
             f"hadamard_transform: expected float32, float64 or bfloat16 of one axis or more, "
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
-    return _apply(x, transpose, normalized)
+    return _hadamard(x, transpose, normalized)  # type: ignore[no-any-return]
 
 
 def apply_right(weight: Tensor, signs: Tensor | None = None) -> Tensor:
