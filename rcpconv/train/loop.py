@@ -1,0 +1,279 @@
+"""The training loop: updates, logging, checkpoints, interruption, and what to say when it diverges.
+
+Nothing in it draws random numbers: texts are in an order fixed by the seed, and the schedule depends on the step alone.
+So a checkpoint holds parameters, optimizer state and a few counters, and a resumed run does exactly what an
+uninterrupted one does. Knows nothing of run set-up, texts, or what happens after the last step.
+
+Shape suffixes: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from rcpconv.config import QuantizeConfig
+from rcpconv.errors import TrainingDiverged
+from rcpconv.model import Decoder
+from rcpconv.runs import METRICS, PLOT, Run
+from rcpconv.train import checkpoints
+from rcpconv.train.losses import Distillation, Loss, distill, teacher_confidence
+from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
+from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
+from rcpconv.train.tokens import Sequences
+
+CONFIDENCE_BATCHES = 4
+"""How many batches CAKLD's beta is measured on, before the first update."""
+_SMOOTHING = 0.9
+_EXPLODED = (2.0, 1.0)
+"""The smoothed loss has exploded when it exceeds its lowest value times the first plus the second (nats)."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop (Ctrl-C or SIGTERM); the state is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Counters:
+    """What a checkpoint holds beside parameters and optimizer state."""
+
+    step: int = 0
+    """Updates made. Position in the texts and in the schedule follow from it."""
+    metrics_bytes: int = 0
+    beta: float | None = None
+    smoothed_loss: float | None = None
+    lowest_loss: float = math.inf
+    unlogged: list[tuple[float, float, float]] = field(default_factory=list)
+    """Loss, KL and gradient norm of the updates since the last logging step."""
+
+
+class Trainer:
+    """Trains a student against a teacher, inside a run folder that the caller holds."""
+
+    def __init__(
+        self,
+        *,
+        student: Decoder,
+        teacher: Decoder,
+        sequences: Sequences,
+        steps: int,
+        config: QuantizeConfig,
+        run: Run,
+        console: Console,
+        evaluate: Callable[[Decoder], float] | None = None,
+    ) -> None:
+        """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every."""
+        assert config.batch_size is not None and config.grad_accum is not None
+        self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
+        self.config, self.run, self.console, self.evaluate = config, run, console, evaluate
+        self.batch, self.accum = config.batch_size, config.grad_accum
+        self.tokens_per_step = self.batch * self.accum * sequences.seq_len
+        self.device = student.inv_freq.device
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(student, config)
+        self.counters = Counters()
+        self._load()
+
+    def _load(self) -> None:
+        state = checkpoints.newest(self.run)
+        if state is not None:
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.counters = Counters(**state["counters"])
+
+    def _save(self, metrics: Metrics) -> None:
+        metrics.sync()
+        self.counters.metrics_bytes = metrics.length
+        state = {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "counters": asdict(self.counters),
+        }
+        checkpoints.save(self.run, self.counters.step, state, self.config.keep_checkpoints)
+
+    def _tokens(self, first: int, count: int) -> Tensor:
+        """(B, T) sequences of the endless order."""
+        return torch.from_numpy(self.sequences.batch(first, count)).to(self.device)
+
+    def _loss(self) -> Loss:
+        c, counters = self.config, self.counters
+        if c.loss == "cakld" and counters.beta is None:
+            batches = (self._tokens(i * self.batch, self.batch) for i in range(CONFIDENCE_BATCHES))
+            counters.beta = teacher_confidence(self.teacher, batches)
+        loss: Loss = Distillation(kind=c.loss, temperature=c.temperature, beta=counters.beta or 0.0)
+        return torch.compile(loss) if c.compile == "on" else loss
+
+    def train(self) -> None:
+        """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
+        c, counters = self.config, self.counters
+        if c.compile == "on":
+            for model in (self.student, self.teacher):
+                for layer in model.layers:
+                    layer.compile()
+        metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
+        rate, loss = Rate(), self._loss()
+        self.student.train()
+        try:
+            with LiveProgress(self.console, self.steps, counters.step) as progress, _catching_signals() as caught:
+                while counters.step < self.steps:
+                    self._update(loss)
+                    rate.add(self.tokens_per_step)
+                    progress.advance(counters.step)
+                    last = counters.step == self.steps
+                    paused = time.perf_counter()
+                    line: dict[str, Any] = {}
+                    if self.evaluate is not None and c.eval_every and counters.step % c.eval_every == 0:
+                        line["perplexity"] = self.evaluate(self.student)
+                        rate.skip(paused)
+                    if counters.step % c.log_every == 0 or line or last:
+                        line = self._line(rate) | line
+                        metrics.append(line)
+                        progress.log(line, self.tokens_per_step)
+                    paused = time.perf_counter()
+                    if not last and (caught or (c.checkpoint_every and counters.step % c.checkpoint_every == 0)):
+                        self._save(metrics)
+                        self._plot()
+                        rate.skip(paused)
+                    if not last and caught:
+                        raise Interrupted(caught[0])
+        finally:
+            metrics.close()
+            self._plot()
+
+    def _update(self, loss: Loss) -> None:
+        counters = self.counters
+        set_rates(
+            self.optimizer, rate_factor(counters.step, self.steps, self.config.warmup, self.config.lr_floor)
+        )
+        totals = torch.zeros(2, device=self.device)
+        first = counters.step * self.accum * self.batch
+        for start in range(first, first + self.accum * self.batch, self.batch):
+            tokens_BT = self._tokens(start, self.batch)
+            totals += torch.stack(distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum)) / self.accum
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        figures = (*totals.tolist(), norm.item())
+        self._check(figures, tokens_BT)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        counters.step += 1
+        counters.unlogged.append(figures)
+
+    def _line(self, rate: Rate) -> dict[str, Any]:
+        """A line of metrics.jsonl: means over the updates since the last one."""
+        counters = self.counters
+        means = [sum(column) / len(counters.unlogged) for column in zip(*counters.unlogged, strict=True)]
+        counters.unlogged = []
+        return {
+            "step": counters.step,
+            "tokens": counters.step * self.tokens_per_step,
+            **dict(zip(("loss", "kl", "grad_norm"), means, strict=True)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": round(rate.read(), 1),
+        }
+
+    def _plot(self) -> None:
+        lines = read_metrics(self.run.folder / METRICS)
+        if lines:
+            plot_loss(self.run.folder / PLOT, lines, self.run.name)
+
+    def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:
+        """Raises TrainingDiverged before the update is made, so that the parameters are the last good ones."""
+        counters = self.counters
+        value = figures[0]
+        if not all(map(math.isfinite, figures)):
+            where = first_not_finite(self.student, tokens_BT)
+            self._diverged(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite ({where})")
+        previous = counters.smoothed_loss
+        counters.smoothed_loss = value if previous is None else _SMOOTHING * previous + (1 - _SMOOTHING) * value
+        counters.lowest_loss = min(counters.lowest_loss, counters.smoothed_loss)
+        factor, margin = _EXPLODED
+        if counters.smoothed_loss > factor * counters.lowest_loss + margin:
+            self._diverged(
+                f"the loss has risen from {counters.lowest_loss:.3f} to {counters.smoothed_loss:.3f} "
+                f"(largest gradient for its size: {largest_gradient(self.student)})"
+            )
+
+    def _diverged(self, what: str) -> None:
+        assert self.config.lr is not None
+        raise TrainingDiverged(
+            f"step {self.counters.step + 1}: {what}. Try --lr {self.config.lr / 3:.1e} (now {self.config.lr:.1e}), a "
+            f"longer --warmup (now {self.config.warmup:g}) or a smaller --grad-clip (now {self.config.grad_clip:g}); "
+            f"the checkpoints before it are kept in {self.run.folder}"
+        )
+
+
+@contextmanager
+def _catching_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM; a second one of either acts as ever. Without effect outside the main thread."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
+    """Where the first value that is not finite comes up: in a forward pass, else in the gradients that are there."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(x, Tensor) and not bool(x.isfinite().all()) for x in tensors):
+                found.append(name)
+
+        return hook
+
+    for name, parameter in student.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"parameter {name}"
+    handles = [module.register_forward_hook(watch(name)) for name, module in student.named_modules() if name]
+    try:
+        with torch.no_grad():
+            student.hidden(tokens_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"first in the output of {found[0]}"
+    bad = [n for n, p in student.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    return f"first in the gradient of {bad[-1]}" if bad else "in the logits"
+
+
+def largest_gradient(student: nn.Module) -> str:
+    """The parameter whose gradient is largest in comparison with its values."""
+    ratios = {
+        name: float(p.grad.norm() / p.detach().norm().clamp(min=1e-12))
+        for name, p in student.named_parameters()
+        if p.grad is not None
+    }
+    return max(ratios, key=lambda name: ratios[name])
