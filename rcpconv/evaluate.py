@@ -43,6 +43,7 @@ from rcpformat.reader import RcpFile
 ORIGINAL, FAKE_QUANT, RCP = "original", "fake-quant", "rcp"
 MODELS = (ORIGINAL, FAKE_QUANT, RCP)
 
+DEFAULT_WINDOW = 1024
 LOGIT_FILE_BYTES = 512 << 20
 """The runtime's logits lie on disk this much at a time."""
 _LOGIT_ELEMENTS = 1 << 24
@@ -272,7 +273,7 @@ def evaluate(
     run: Run | None,
     rcp: Path | None,
     text: Text | None = None,
-    window: int = 1024,
+    window: int | None = None,
     max_tokens: int | None = None,
     skip: Sequence[str] = (),
     compare: bool = False,
@@ -280,7 +281,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of up to three MODELS: the run's original, the run, and the file; `skip` leaves some out.
 
-    text: None = default_text. window: tokens. compare: measure the agreement too (needs `rcp`).
+    text: None = default_text. window: tokens; None = 1024, or the model's context where that is shorter.
+    compare: measure the agreement too (needs `rcp`).
     device: of the torch models: "cpu", "cuda", or "auto" (cuda where there is one).
     Raises EvaluationFailed when there is nothing to do, or the file is not of the run.
     """
@@ -292,6 +294,7 @@ def evaluate(
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model = _Quantized.of(run, rcp)
     text = text or default_text(model.base_model)
+    window = window or min(DEFAULT_WINDOW, model.architecture.max_position_embeddings)
     windows = cut(tokenize(model.tokenizer_json, text.content), window, max_tokens)
     if not windows:
         raise EvaluationFailed(f"{text.name}: expected at least two tokens of text")

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpconv.baking import hash_weights
+from rcpconv.config import DATA, OPTIONS, TRAINING
 from rcpconv.errors import ExportMismatch
 from rcpconv.runs import Run
+from rcpconv.train.texts import HUB_PREFIX
 from rcpformat import spec
 from rcpformat.metadata import RcpMetadata
 from rcpformat.reader import RcpFile
@@ -30,11 +32,25 @@ def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
         quantization=run.quantization,
         tokenizer=run.tokenizer,
         generation=run.generation,
-        provenance=run.provenance,
+        provenance=provenance(run),
     )
     names = spec.expected_tensors(run.architecture, run.quantization)
     sources = {name: _source(run, name) for name in names}
     return write_rcp(out, metadata, sources, force=force, check=lambda path: check_lossless(path, run))
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """The file's `rcp.provenance`: origin, licence, recipe, perplexities; of local paths the last part only."""
+    origin, config = run.provenance, run.config
+    if origin.get("revision") is None:
+        origin["base_model"] = Path(origin["base_model"]).name
+    recipe = {
+        name: getattr(config, name)
+        for name, option in OPTIONS.items()
+        if option.group in (DATA, TRAINING) and getattr(config, name) is not None
+    }
+    recipe["data"] = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in config.data]
+    return origin | {"recipe": recipe, "evaluation": run.evaluation}
 
 
 def _source(run: Run, name: str) -> Any:
@@ -54,7 +70,7 @@ def check_lossless(path: Path, run: Run) -> None:
         for name in linears:
             if hash_weights(file.linear(name).weights()) != run.weight_hashes[name]:
                 raise ExportMismatch(
-                    f"{name}: the weights are not those that {run.folder} trained, by their SHA-256; the run folder was "
+                    f"{name}: the weights are not those that {run.folder} trained, by SHA-256; the run folder was "
                     "changed or damaged: run `rcpconv quantize` again"
                 )
         for name in file.header_tensors:

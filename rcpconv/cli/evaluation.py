@@ -15,7 +15,7 @@ _MODELS = ("original", "fake-quant", "rcp")
 @run_options
 @click.option("--rcp", type=FILE, help="A .rcp file, evaluated in the runtime.", metavar="FILE")
 @click.option("--text", type=FILE, metavar="FILE", help="Default: WikiText-2 test, or demo's held-out text.")
-@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of a window.")
+@click.option("--window", type=click.IntRange(2), help="Tokens of a window. Default: 1024, or the context if shorter.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use this much of the text. Default: all.")
 @click.option("--skip", type=click.Choice(_MODELS), multiple=True, help="Leave out a model; may be repeated.")
 @click.option("--agreement", is_flag=True, help="Compare the runtime's predictions with torch's, token by token.")
@@ -26,7 +26,7 @@ def eval_command(
     runs: Path | None,
     rcp: Path | None,
     text: Path | None,
-    window: int,
+    window: int | None,
     max_tokens: int | None,
     skip: tuple[str, ...],
     agreement: bool,
