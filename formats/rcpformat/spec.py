@@ -75,7 +75,7 @@ GENERATION_LIMITS = {
     "top_k": (0, 1 << 24),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "repeat_penalty": (0.01, 100),
+    "repeat_penalty": (0.001, 100),
 }
 """Least and largest value of each sampling default; top_k is an integer."""
 

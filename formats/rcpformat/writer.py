@@ -55,8 +55,9 @@ def _new_file(temporary: Path, path: Path) -> Iterator[BinaryIO]:
 
 
 def _refuse_existing(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise OutputNotWritable(f"{path}: expected a file name, found a folder; name a file in it")
+    with _output_errors(path):
+        if path.is_dir():
+            raise OutputNotWritable(f"{path}: expected a file name, found a folder; name a file in it")
     if not force and os.path.lexists(path):
         raise OutputExists(f"{path}: expected a free path, found a file; choose another, or overwrite it with --force")
 

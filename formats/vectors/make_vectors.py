@@ -488,6 +488,37 @@ BAD: dict[str, Bad] = {
 }
 
 
+def worked_example(file: bytes) -> str:
+    """The block of SPEC.md section 11, from good/minimal.rcp."""
+    text, data = split(file)
+    start = len(file) - len(data)
+    entries = json.loads(text)
+    lines = [
+        f"{0:06x}  {file[:8].hex(' ')}  L = {start - 8}: the data begins at {start:#x}",
+        f"{8:06x}  {file[8:24].hex(' ')}  {file[8:24].decode()}",
+    ]
+    for part in ("codes", "levels", "scale"):
+        item = entries[f"{Q}.{part}"]
+        begin, end = item["data_offsets"]
+        place, content = start + begin, data[begin:end].hex(" ")
+        lines.append(
+            f"{place:06x}  {content}  {Q}.{part}, {item['dtype']} {item['shape']}, data_offsets {[begin, end]}"
+        )
+    draft = take_apart(file)
+    codes, levels, scale = (draft.array(f"{Q}.{part}") for part in ("codes", "levels", "scale"))
+    for row in range(2):
+        code = [int(codes[row, k // 4]) >> (2 * (k % 4)) & 3 for k in range(6)]
+        chosen = [int(levels[row, 0, c]) for c in code]
+        weights = [f"{scale[row] * np.float32(level):.9g}" for level in chosen]
+        lines += [
+            f"row {row}: scale {scale[row]:.9g}, levels {' '.join(map(str, levels[row, 0]))}",
+            f"  codes    {' '.join(map(str, code))}",
+            f"  integers {' '.join(map(str, chosen))}",
+            f"  weights  {' '.join(weights)}",
+        ]
+    return "\n".join(lines)
+
+
 def build() -> dict[str, bytes]:
     """Every file, by its path below this folder."""
     good = {name: make() for name, (_, make) in GOOD.items()}
