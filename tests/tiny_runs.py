@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import save_file
+
 from rcpconv.baking import bake, weight_hashes
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
@@ -14,21 +16,22 @@ from rcpconv.model import Decoder
 from rcpconv.prepare import Rotations, prepare, student_decoder
 from rcpconv.runs import BAKED, FINISHED, WEIGHT_HASHES, Run, created, now, write_json
 from rcpformat.architecture import Quantization
-from safetensors.numpy import save_file
 from tiny_checkpoints import make_tiny_checkpoint
 
 
 def make_student(model: str, *, one_table: bool = False, **scheme: Any) -> Decoder:
-    """A decoder as training would start with it; `scheme` goes to Quantization."""
+    """A decoder as after a few steps of training; `scheme` goes to Quantization. The same one every time."""
     quantization = Quantization(method="ldp", **scheme)
     rotations = Rotations(**{name: getattr(quantization, name) for name in ("r1", "r2", "r3", "r4")})
     prepared = prepare(load_source(model), rotations=rotations, one_table=one_table)
-    return student_decoder(prepared, quantization, ComputeOptions())
+    decoder = student_decoder(prepared, quantization, ComputeOptions())
+    _disturb(decoder)
+    return decoder
 
 
-def disturb(decoder: Decoder, seed: int = 0) -> None:
-    """Move every trainable number a little, as an optimizer step would."""
-    generator = torch.Generator().manual_seed(seed)
+def _disturb(decoder: Decoder) -> None:
+    """Move every trainable number a little, as optimizer steps would."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(decoder.named_parameters()):
             parameter.add_(0.02 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
@@ -44,7 +47,6 @@ def make_run(model: str, folder: Path, *, one_table: bool = False, **scheme: Any
     """A finished run of any model that load_source takes."""
     source = load_source(model)
     decoder = make_student(model, one_table=one_table, **scheme)
-    disturb(decoder)
     record = {
         "status": FINISHED,
         "model": model,
