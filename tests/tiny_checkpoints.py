@@ -314,6 +314,7 @@ def _meta_parts(model: PreTrainedModel, shards: int, embedding_axis: int) -> lis
     if not model.config.tie_word_embeddings:
         whole["output.weight"] = (state["lm_head.weight"], 0)
     for layer in range(model.config.num_hidden_layers):
+        whole[f"layers.{layer}.attention.inner_attention.rope.freqs"] = whole["rope.freqs"]
         for theirs, (name, axis) in _META_LAYERS.items():
             weight = state[f"model.layers.{layer}.{theirs}.weight"]
             if name in ("attention.wq", "attention.wk"):

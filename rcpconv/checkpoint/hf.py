@@ -23,7 +23,7 @@ from rcpconv.checkpoint.tensors import (
     open_safetensors,
     select_tensors,
 )
-from rcpconv.errors import BadConfig, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedFormat
+from rcpconv.errors import BadConfig, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedFormat, UnsupportedRope
 from rcpformat.architecture import Architecture
 from rcpformat.errors import BadMetadata
 
@@ -102,8 +102,8 @@ def _read_config(path: Path) -> tuple[Architecture, NDArray[np.float64], bool]:
 def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[Any, _Family]:
     """The configuration as transformers reads it, once everything that this converter would ignore is ruled out."""
     by_type = {family.config.model_type: name for name, family in _FAMILIES.items()}
-    names = raw.get("architectures") or [by_type.get(raw.get("model_type", ""))]
-    family = _FAMILIES.get(names[0]) if isinstance(names, list) else None
+    names = raw.get("architectures") or [by_type.get(str(raw.get("model_type")))]
+    family = _FAMILIES.get(str(names[0])) if isinstance(names, list) else None
     if family is None or raw.get("model_type", family.config.model_type) != family.config.model_type:
         raise UnsupportedArchitecture(
             f"{path}: expected one of the architectures {sorted(_FAMILIES)}, found {raw.get('architectures')} with "
@@ -120,6 +120,9 @@ def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[Any, _Family]:
             raise UnsupportedArchitecture(
                 f"{path}: {key} is {raw[key]!r}; models are supported only where it is absent or one of {list(neutral)}"
             )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if isinstance(rope, Mapping) and any(isinstance(rule, Mapping) for rule in rope.values()):
+        raise UnsupportedRope(f"{path}: expected one RoPE rule for all layers, found one for each of {sorted(rope)}")
     try:
         config: Any = family.config.from_dict(dict(raw))
     except Exception as error:  # its validators raise errors of many kinds

@@ -92,7 +92,7 @@ def read_meta_weights(folder: Path) -> Weights:
         stored,
         expected_shapes(architecture, tied_embeddings=tied),
         meta_name,
-        lambda name: name == "rope.freqs" or (tied and name == _HEAD),
+        lambda name: name.endswith("rope.freqs") or (tied and name == _HEAD),
         str(folder),
     )
     return Weights(architecture=architecture, tied_embeddings=tied, inv_freq=inv_freq, tensors=tensors)

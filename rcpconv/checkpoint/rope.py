@@ -23,10 +23,6 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int, max_positions: int)
     rope: `rope_type` (default, linear, llama3, yarn), `rope_theta` and the numbers of the rule. max_positions is the
     context length in tokens. Raises UnsupportedRope for any other rule, BadConfig for missing or impossible numbers.
     """
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise UnsupportedRope(
-            f"rope_parameters: expected one rule for all layers, found one for each of {sorted(rope)}"
-        )
     kind = rope.get("rope_type", "default")
     if kind not in _RULES:
         raise UnsupportedRope(

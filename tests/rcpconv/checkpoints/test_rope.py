@@ -57,7 +57,6 @@ def test_default_rule() -> None:
     [
         ({"rope_type": "longrope", "rope_theta": 1e4}, UnsupportedRope, "default.*linear.*llama3.*yarn"),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, UnsupportedRope, "partial_rotary_factor"),
-        ({"full_attention": {"rope_theta": 1e4}}, UnsupportedRope, "full_attention"),
         ({}, BadConfig, "rope_theta"),
         ({"rope_theta": 1e4, "rope_type": "linear", "factor": True}, BadConfig, "factor"),
         ({"rope_theta": 1e4, "rope_type": "linear", "factor": float("nan")}, BadConfig, "factor"),
