@@ -130,5 +130,4 @@ class ReferenceModel:
         """unrot(x) of "Transforms"."""
         if not self.quantization.r1:
             return x_MD
-        signs_D = self.float_tensor(ROTATION_SIGNS)
-        return signs_D * hadamard_transform(x_MD, transpose=True, normalized=True)
+        return hadamard_transform(x_MD, transpose=True, normalized=True) * self.float_tensor(ROTATION_SIGNS)
