@@ -132,8 +132,8 @@ def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[Any, _Family]:
         raise UnsupportedArchitecture(
             f"{path}: hidden_act: only 'silu' (SwiGLU) is supported, found {config.hidden_act!r}"
         )
-    splits = raw.get("pretraining_tp", 1)
-    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
+    splits = raw.get("pretraining_tp")  # how the original was trained: the tensors and the result are the same
+    if splits is not None and (isinstance(splits, bool) or not isinstance(splits, int) or splits < 1):
         raise BadConfig(f"{path}: pretraining_tp: expected an integer of at least 1, found {splits!r}; set it to 1")
     return config, family
 

@@ -24,7 +24,7 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int, max_positions: int)
     context length in tokens. Raises UnsupportedRope for any other rule, BadConfig for missing or impossible numbers.
     """
     kind = rope.get("rope_type", "default")
-    if kind not in _RULES:
+    if not isinstance(kind, str) or kind not in _RULES:
         raise UnsupportedRope(
             f"rope_type: expected one of {sorted(_RULES)}, found {kind!r}; a rule that depends on the sequence length "
             "has no fixed table, so set another rope_type in config.json if the model was trained without this one"

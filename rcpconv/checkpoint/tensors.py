@@ -64,10 +64,7 @@ class TensorStore:
         return dtype
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read one tensor, in its stored dtype or in `dtype`: a contiguous copy that the caller may change.
-
-        Raises CorruptCheckpoint when the file can no longer be read.
-        """
+        """Read one tensor, in its stored dtype or in `dtype`: a contiguous copy that the caller may change."""
         return (
             self._tensors[name].load().to(dtype or self.dtype(name), copy=True, memory_format=torch.contiguous_format)
         )
