@@ -15,19 +15,22 @@ from rcpconv.cli.export import export
 from rcpconv.cli.files import inspect, push, verify
 from rcpconv.cli.quantize import quantize
 from rcpconv.errors import ConversionError
-from rcpformat.errors import FormatError
+from rcpformat.errors import FormatError, OutputExists, OutputNotWritable, UnreadableFile
 
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells do."""
 
 
 class _Main(click.Group):
-    """Turns what a user can cause into a message and an exit code."""
+    """Turns what a user can cause into a message and an exit code; lists the commands in their order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ConversionError, FormatError) as error:
+        except (ConversionError, FormatError, UnreadableFile, OutputExists, OutputNotWritable) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has left: click ends quietly

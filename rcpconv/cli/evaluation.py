@@ -11,7 +11,7 @@ from rcpconv.cli.options import FILE, find_run, run_options
 _MODELS = ("original", "fake-quant", "rcp")
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure perplexity: original, run and file.")
 @run_options
 @click.option("--rcp", type=FILE, help="A .rcp file, evaluated in the runtime.", metavar="FILE")
 @click.option("--text", type=FILE, metavar="FILE", help="Default: WikiText-2 test, or demo's held-out text.")

@@ -9,7 +9,7 @@ import click
 from rcpconv.cli.options import FILE, find_run, run_options
 
 
-@click.command()
+@click.command(short_help="Write a finished run as one file.")
 @run_options
 @click.option("--out", type=FILE, default=Path("model.rcp"), show_default=True, help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rcpconv.cli.options import FILE
-from rcpformat.errors import FormatError
+from rcpformat.errors import FormatError, UnreadableFile
 
 
 @contextmanager
@@ -22,12 +22,12 @@ def _about(path: Path) -> Iterator[None]:
         raise click.ClickException(_message(path, error)) from error
 
 
-def _message(path: Path, error: FormatError) -> str:
+def _message(path: Path, error: ValueError) -> str:
     text = str(error)
     return text if text.startswith(str(path)) else f"{path}: {text}"
 
 
-@click.command()
+@click.command(short_help="Show what is in a file.")
 @click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def inspect(file: Path, as_json: bool) -> None:
         render(report, Console())
 
 
-@click.command()
+@click.command(short_help="Check files completely.")
 @click.argument("files", type=FILE, nargs=-1, required=True)
 def verify(files: tuple[Path, ...]) -> None:
     """Check .rcp FILES completely: structure, values and SHA-256s.
@@ -60,13 +60,13 @@ def verify(files: tuple[Path, ...]) -> None:
         try:
             with RcpFile.open(path, verify=True) as file:
                 click.echo(f"{path}: ok, {len(file.header_tensors)} tensors")
-        except FormatError as error:
+        except (FormatError, UnreadableFile) as error:
             valid = False
             click.echo(f"{_message(path, error)} [{type(error).__name__}]")
     sys.exit(0 if valid else 1)
 
 
-@click.command()
+@click.command(short_help="Upload a file to the Hugging Face Hub.")
 @click.argument("file", type=FILE)
 @click.argument("repository", metavar="USER/REPO")
 @click.option("--private", is_flag=True, help="Create the repository as a private one.")
