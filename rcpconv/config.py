@@ -62,10 +62,11 @@ class Option:
             if isinstance(value, str) or not isinstance(value, list | tuple) or self.many not in (0, len(value)):
                 expected = f"{self.many} values" if self.many else "a list"
                 raise BadOption(f"{name}: expected {expected}, found {value!r}")
-            return tuple(self._check_one(name, item) for item in value)
-        return None if value is None and self.optional else self._check_one(name, value)
+            return tuple(self.check_one(name, item) for item in value)
+        return None if value is None and self.optional else self.check_one(name, value)
 
-    def _check_one(self, name: str, value: Any) -> Any:
+    def check_one(self, name: str, value: Any) -> Any:
+        """As check, for one of several values."""
         if self.count and isinstance(value, str):
             value = parse_count(name, value)
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
@@ -142,7 +143,7 @@ class QuantizeConfig:
         "Default: demo for the demo model, otherwise default.",
     )
     eval_data: str | None = _option(
-        None, optional=True, group=DATA, help="Text to measure perplexity on; as --data. Default: none, or demo's own."
+        None, optional=True, group=DATA, help="Text to measure perplexity on: a file, demo, or default (WikiText-2 test). Default: none."
     )
     max_eval_tokens: int | None = _option(
         None, type=int, count=True, low=1, optional=True, group=DATA, help="Use this much of it. Default: all."
@@ -281,8 +282,8 @@ class QuantizeConfig:
             )
         if self.eval_every is not None and self.eval_data is None:
             raise BadOption(f"eval_every: {self.eval_every}, but there is no eval_data to measure on")
-        if self.eval_data == SELF:
-            raise BadOption(f"eval_data: expected a text, found {SELF!r}, which would measure the model on itself")
+        if SELF in self.data and self.data != (SELF,):
+            raise BadOption(f"data: expected {SELF!r} alone, found it with other texts")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

@@ -1,0 +1,126 @@
+"""`rcpconv quantize`. Its options are the fields of rcpconv.config.QuantizeConfig, and a few about the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from rcpconv.cli.options import FILE, FOLDER
+from rcpconv.config import OPTIONS, RUN, Option
+from rcpconv.errors import BadOption
+
+_NEWEST = "newest"
+"""What --resume means without a run (rcpconv.quantize.NEWEST)."""
+
+
+class _Value(click.ParamType):
+    """A value of an Option, checked as in a recipe."""
+
+    def __init__(self, name: str, option: Option) -> None:
+        self.name, self.option = name, option
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        if self.option.choices:
+            return f"[{'|'.join(map(str, self.option.choices))}]"
+        return "COUNT" if self.option.count else {int: "N", float: "X", str: "TEXT"}[self.option.type]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            if isinstance(value, str) and not self.option.count:
+                value = self.option.type(value)
+            return self.option.check_one(self.name, value)
+        except BadOption as error:
+            self.fail(str(error).partition(": ")[2], param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is not {'an integer' if self.option.type is int else 'a number'}", param, ctx)
+
+
+class _GroupedHelp(click.Command):
+    """Lists the options under the headings of rcpconv.config."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                option = OPTIONS.get(parameter.name or "")
+                groups.setdefault(RUN if option is None else option.group, []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
+    spelled = name.replace("_", "-")
+    if option.type is bool:
+        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=option.help)
+    many = {0: {"multiple": True}, 1: {}}.get(option.many, {"nargs": option.many})
+    return click.option(f"--{spelled}", type=_Value(name, option), help=option.help, **many)  # type: ignore[arg-type]
+
+
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for every field of QuantizeConfig but the model."""
+    for name, option in reversed(OPTIONS.items()):
+        if name != "model":
+            command = _click_option(name, option)(command)
+    return command
+
+
+@click.command(cls=_GroupedHelp)
+@click.argument("model", required=False)
+@_settings
+@click.option("--recipe", type=FILE, metavar="FILE", help="TOML file with any of these settings; options beat it.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=_NEWEST,
+    metavar="[RUN]",
+    help="Continue an interrupted run. Without RUN: the newest unfinished one.",
+)
+@click.option("--out", type=FOLDER, metavar="FOLDER", help="Run folder to make. Default: <runs>/<model>-<time>.")
+@click.option(
+    "--runs", type=FOLDER, metavar="FOLDER", help="Where run folders are. Default: $RCPCONV_RUNS, else rcp-runs."
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan (shapes, bytes, memory, steps, time) and stop.")
+@click.option("--force", is_flag=True, help="Train even where memory or time are estimated not to suffice.")
+@click.pass_context
+def quantize(
+    ctx: click.Context,
+    model: str | None,
+    recipe: Path | None,
+    resume: str | None,
+    out: Path | None,
+    runs: Path | None,
+    dry_run: bool,
+    force: bool,
+    **settings: Any,
+) -> None:
+    """Train a 2-bit model from MODEL: a folder, a Hub id such as meta-llama/Llama-2-7b, or demo.
+
+    Leaves a run folder, from which `rcpconv export` makes the file. Settings come from the command line, else from
+    --recipe, else from defaults that suit the model and the machine.
+    """
+    from rich.console import Console
+
+    from rcpconv.quantize import quantize as train
+    from rcpconv.train.loop import Interrupted
+
+    given = {name: settings[name] for name in settings if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    try:
+        train(
+            model,
+            given,
+            recipe=recipe,
+            resume=resume,
+            out=out,
+            runs=runs,
+            dry_run=dry_run,
+            force=force,
+            console=Console(),
+        )
+    except Interrupted as stop:
+        ctx.exit(128 + stop.signal_number)

@@ -1,0 +1,389 @@
+"""What a training will take before it starts: shapes, bytes, memory, steps and time; and whether this machine will do.
+
+Estimates need the architecture only, so a model can be refused before its weights are downloaded. Knows nothing of
+weights or texts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rcpconv.config import DEFAULT_CORPUS, DEMO, QuantizeConfig
+from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.train.losses import CPU_CHUNK, CUDA_CHUNK
+from rcpconv.train.progress import duration
+from rcpformat import spec
+from rcpformat.accounting import Accounting, account
+from rcpformat.architecture import Architecture, Quantization
+
+DEFAULT_TOKENS = 20_000_000
+DEFAULT_SEQ_LEN = 2048
+DEFAULT_SEQUENCES = 8
+"""Sequences of an optimizer step."""
+
+CPU_SECONDS = 2 * 3600
+"""A training that takes longer on a CPU is refused."""
+_USABLE_MEMORY = 0.92
+_FLOAT32, _BFLOAT16 = 4, 2
+_QUANTIZER_PARAMETERS = 4
+"""Of each group: beta, gamma, s1, s2."""
+_OPTIMIZER_STATES = 2
+
+# Measured (docs/log.md): share of the matmul rate that a whole training step reaches, and what quantizing a weight,
+# forward and backward, costs beside it, for each batch.
+_EFFICIENCY = {"cpu": 0.55, "cuda": 0.35}
+_SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
+
+# Bytes of activations that the backward pass of one decoder layer needs, per token: for each channel of the residual
+# stream, of the attention and of the MLP. Measured with saved-tensor hooks (tests/rcpconv/train/test_plan.py).
+_SAVED = {"hidden": 30.0, "attention": 60.0, "intermediate": 60.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the training would run."""
+
+    device: str
+    """As torch.device takes it."""
+    name: str
+    memory_bytes: int
+    """Free memory of the device."""
+    flops: float
+    """Multiplications and additions a second of a large matmul, in the precision that training uses there."""
+
+    @property
+    def kind(self) -> str:
+        """cpu or cuda."""
+        return self.device.partition(":")[0]
+
+
+def look_at_machine(device: str) -> Machine:
+    """Measure the device that `device` (auto, cpu, cuda, cuda:N) means here. Raises NotEnoughMachine without it."""
+    available = torch.cuda.is_available()
+    if device.startswith("cuda") and not available:
+        raise NotEnoughMachine(
+            f"device {device}: torch finds no CUDA device here; use --device cpu, or install torch with CUDA"
+        )
+    if device == "cpu" or (device == "auto" and not available):
+        name = f"CPU, {torch.get_num_threads()} threads"
+        return Machine(device="cpu", name=name, memory_bytes=_free_memory(), flops=_matmul_rate("cpu"))
+    device = "cuda:0" if device in ("auto", "cuda") else device
+    if int(device.partition(":")[2]) >= torch.cuda.device_count():
+        raise NotEnoughMachine(f"device {device}: expected one of {torch.cuda.device_count()} CUDA devices")
+    return Machine(
+        device=device,
+        name=torch.cuda.get_device_name(device),
+        memory_bytes=torch.cuda.mem_get_info(device)[0],
+        flops=_matmul_rate(device),
+    )
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that a process here may still use."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        total = int(lines["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and (allowed := limit.read_text().strip()).isdigit():
+        total = min(total, int(allowed))
+    return total
+
+
+def _matmul_rate(device: str) -> float:
+    n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * n**3 / seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training, decided down to the last setting, and what it takes."""
+
+    config: QuantizeConfig
+    """With every setting that depends on model and machine filled in."""
+    architecture: Architecture
+    """Of the file: tied_table is decided."""
+    quantization: Quantization
+    tied: bool
+    """Whether the original has one table for embedding and head."""
+    machine: Machine
+    sizes: Accounting
+    memory: dict[str, int]
+    """Bytes of device memory by what they are for."""
+    checkpoint_bytes: int
+    steps: int
+    seconds: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        c = self.config
+        assert c.batch_size is not None and c.grad_accum is not None and c.seq_len is not None
+        return c.batch_size * c.grad_accum * c.seq_len
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of `memory`."""
+        return sum(self.memory.values())
+
+    def shortages(self, folder: Path) -> list[str]:
+        """Why this machine will not do; empty when it will. folder: where runs go."""
+        found = []
+        m = self.machine
+        if self.memory_bytes > _USABLE_MEMORY * m.memory_bytes:
+            found.append(f"{_gb(m.memory_bytes)} of memory are free, about {_gb(self.memory_bytes)} are needed")
+        if m.kind == "cpu" and self.seconds > CPU_SECONDS:
+            found.append(f"the training would take about {duration(self.seconds)} on it")
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        disk = shutil.disk_usage(existing).free
+        kept = self.config.keep_checkpoints + 1 if self.config.checkpoint_every else 1
+        if self.checkpoint_bytes * kept > disk:
+            found.append(
+                f"{_gb(disk)} of disk are free in {existing}, {kept} checkpoints need {_gb(self.checkpoint_bytes * kept)}"
+                " (--keep-checkpoints 1; --checkpoint-every 0 writes one at Ctrl-C only)"
+            )
+        return found
+
+    def require_machine(self, folder: Path) -> None:
+        """Raises NotEnoughMachine with the estimate and the remedies when this machine will not do."""
+        shortages = self.shortages(folder)
+        if shortages:
+            gpu = max(1.1 * self.memory_bytes, 1e9)
+            raise NotEnoughMachine(
+                f"{self.config.model}: not on this machine ({self.machine.name}): {'; '.join(shortages)}. "
+                f"Run it where a CUDA GPU with {_gb(gpu)} is free, or train less (--tokens, --seq-len, a smaller "
+                "model), or start it all the same with --force"
+            )
+
+    def show(self, console: Console) -> None:
+        """Print the whole plan as tables."""
+        console.print(_layers_table(self))
+        console.print(_memory_table(self))
+        self.show_summary(console)
+
+    def show_summary(self, console: Console) -> None:
+        """Print size, memory, steps and time in a few lines."""
+        c, m, s = self.config, self.machine, self.sizes
+        tokens = self.steps * self.tokens_per_step
+        for line in (
+            f"file      {_gb(s.total_bytes)}, from {_gb(s.fp16_bytes)} in FP16: {s.ratio:.2f}× smaller, "
+            f"{s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
+            f"machine   {m.name}, {_gb(m.memory_bytes)} free, {m.flops / 1e12:.3g} TFLOP/s; training takes about "
+            f"{_gb(self.memory_bytes)}, a checkpoint {_gb(self.checkpoint_bytes)} of disk",
+            f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences × {c.seq_len} tokens = "
+            f"{tokens:,} tokens, about {duration(self.seconds)} ({c.precision}, gradient checkpointing "
+            f"{c.grad_checkpointing}, compile {c.compile})",
+        ):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _gb(nbytes: float) -> str:
+    """ "13.5 GB", "2.1 MB"."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
+
+
+def quantization_of(config: QuantizeConfig) -> Quantization:
+    """The file's scheme."""
+    names = ("method", "group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "r1", "r2", "r3", "r4")
+    return Quantization(**{name: getattr(config, name) for name in names})
+
+
+def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
+    """Decide every open setting and estimate. architecture, tied: of the original. Raises BadOption."""
+    one = _one_table(config, tied)
+    architecture = replace(architecture, tied_table=one)
+    config = _with_rates(config, architecture)
+    seq_len = config.seq_len or min(DEFAULT_SEQ_LEN, architecture.max_position_embeddings)
+    if seq_len > architecture.max_position_embeddings:
+        raise BadOption(
+            f"seq_len: {seq_len} is longer than the model's context of {architecture.max_position_embeddings} tokens"
+        )
+    if config.precision == "bf16" and machine.kind == "cpu":
+        raise BadOption("precision: bf16 needs a CUDA device; on a CPU use fp32")
+    precision = config.precision if config.precision != "auto" else ("bf16" if machine.kind == "cuda" else "fp32")
+    config = config.changed(
+        device=machine.device,
+        precision=precision,
+        seq_len=seq_len,
+        tables="one" if one else "two",
+        compile=config.compile if config.compile != "auto" else ("on" if machine.kind == "cuda" else "off"),
+        data=config.data or ((DEMO,) if config.model == DEMO else (DEFAULT_CORPUS,)),
+        tokens=config.tokens or (None if config.steps else DEFAULT_TOKENS),
+    )
+    quantization = quantization_of(config)
+    config, memory = _fit_memory(config, architecture, quantization, machine)
+    assert config.batch_size is not None and config.grad_accum is not None
+    per_step = config.batch_size * config.grad_accum * seq_len
+    steps = config.steps or max(1, round((config.tokens or 0) / per_step))
+    parameters = memory["weights and quantizers"]
+    return Plan(
+        config=config,
+        architecture=architecture,
+        quantization=quantization,
+        tied=tied,
+        machine=machine,
+        sizes=account(architecture, quantization, tied_checkpoint=tied),
+        memory=memory,
+        checkpoint_bytes=(1 + _OPTIMIZER_STATES) * parameters,
+        steps=steps,
+        seconds=steps * _step_seconds(config, architecture, machine),
+    )
+
+
+def _one_table(config: QuantizeConfig, tied: bool) -> bool:
+    if config.tables == "one" and not tied:
+        raise BadOption(f"tables: one, but {config.model} has separate embedding and head; use two")
+    return config.tables == "one" or (config.tables == "auto" and tied and config.head_bits == config.embed_bits)
+
+
+def _with_rates(config: QuantizeConfig, architecture: Architecture) -> QuantizeConfig:
+    lr = config.lr or float(f"{2e-5 * (4096 / architecture.hidden_size) ** 1.5:.2g}")
+    return config.changed(
+        lr=lr,
+        quantizer_lr=10 * lr if config.quantizer_lr is None else config.quantizer_lr,
+        clip_lr=10 * lr if config.clip_lr is None else config.clip_lr,
+    )
+
+
+def _fit_memory(
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, machine: Machine
+) -> tuple[QuantizeConfig, dict[str, int]]:
+    """Decide batch size, accumulation and checkpointing: the first combination that fits, else the smallest."""
+    for candidate in _batches(config):
+        memory = _memory(candidate, architecture, quantization, machine)
+        if sum(memory.values()) <= _USABLE_MEMORY * machine.memory_bytes:
+            break
+    return candidate, memory
+
+
+def _batches(config: QuantizeConfig) -> Iterator[QuantizeConfig]:
+    """Combinations of the open settings, the fastest first."""
+    switches = ("off", "on") if config.grad_checkpointing == "auto" else (config.grad_checkpointing,)
+    total = DEFAULT_SEQUENCES
+    if config.batch_size is not None:
+        sizes = [config.batch_size]
+    elif config.grad_accum is not None:
+        sizes = [max(1, total // config.grad_accum)]
+    else:
+        sizes = [8, 4, 2, 1]
+    for group in (sizes[:2], sizes[2:]):
+        for switch in switches:
+            for size in group:
+                accum = config.grad_accum or max(1, total // size)
+                yield config.changed(batch_size=size, grad_accum=accum, grad_checkpointing=switch)
+
+
+def _linear_weights(architecture: Architecture) -> int:
+    return architecture.num_layers * sum(math.prod(spec.linear_shape(architecture, kind)) for kind in spec.LINEARS)
+
+
+def _memory(
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, machine: Machine
+) -> dict[str, int]:
+    a = architecture
+    linear, table = _linear_weights(a), a.vocab_size * a.hidden_size
+    groups = sum(
+        n * spec.ceil_div(k, quantization.group_of(name))
+        for name in spec.linear_names(a)
+        for n, k in [spec.linear_shape(a, spec.linear_kind(name))]
+    )
+    trained = _FLOAT32 * (linear + table * (1 if a.tied_table else 2) + _QUANTIZER_PARAMETERS * groups)
+    half = config.precision == "bf16"
+    kept = _BFLOAT16 if half else _FLOAT32
+    assert config.batch_size is not None and config.seq_len is not None
+    tokens = config.batch_size * config.seq_len
+    per_token = (
+        _SAVED["hidden"] * a.hidden_size
+        + _SAVED["attention"] * (a.attention_size + 2 * a.kv_size)
+        + _SAVED["intermediate"] * a.intermediate_size
+    )
+    live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
+    layer_weights = (kept + 1) * linear // a.num_layers  # integers and codes, kept for the backward pass
+    activations = live_layers * (tokens * per_token + layer_weights) + a.num_layers * tokens * _FLOAT32 * a.hidden_size
+    largest = max(table, *(math.prod(spec.linear_shape(a, kind)) for kind in spec.LINEARS))
+    chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
+    return {
+        "weights and quantizers": trained,
+        "gradients": trained,
+        "optimizer": _OPTIMIZER_STATES * trained,
+        "original model": (_BFLOAT16 if half else _FLOAT32) * (linear + 2 * table),
+        "activations": round(activations),
+        "working space": _FLOAT32 * (6 * largest + 6 * chunk),
+    }
+
+
+def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: Machine) -> float:
+    """Time of an optimizer step: six operations a weight and token for the student, two for the teacher, and overhead."""
+    assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
+    a = architecture
+    linear, table = _linear_weights(a), a.vocab_size * a.hidden_size
+    attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
+    passes = 8 + (2 if config.grad_checkpointing == "on" else 0)
+    tokens = config.batch_size * config.seq_len
+    products = passes * tokens * (linear + table + attention) / (machine.flops * _EFFICIENCY[machine.kind])
+    return config.grad_accum * (products + _SECONDS_PER_WEIGHT[machine.kind] * (linear + table))
+
+
+def _layers_table(plan: Plan) -> Table:
+    a, q = plan.architecture, plan.quantization
+    table = Table("layers", "shape", "group", "form", "FP16", "file", title=plan.config.model, title_justify="left")
+    for column in table.columns[-2:]:
+        column.justify = "right"
+    for kind in spec.LINEARS:
+        n, k = spec.linear_shape(a, kind)
+        after = _file_bytes(plan, kind)
+        short = k % q.group_size
+        group = f"{q.group_size}" + (f", last {short}" if short else "")
+        table.add_row(
+            f"{kind} × {a.num_layers}", f"{n} × {k}", group, "2-bit", _gb(2 * n * k * a.num_layers), _gb(after)
+        )
+    for name, bits in ((spec.EMBED, q.embed_bits), (spec.HEAD, q.head_bits)):
+        size = 2 * a.vocab_size * a.hidden_size
+        before = "tied" if name == spec.HEAD and plan.tied else _gb(size)
+        after_text = "the embedding" if name == spec.HEAD and a.tied_table else _gb(size * bits // 16)
+        table.add_row(name, f"{a.vocab_size} × {a.hidden_size}", "", f"{bits}-bit", before, after_text)
+    table.add_section()
+    table.add_row("all", "", "", "", _gb(plan.sizes.fp16_bytes), _gb(plan.sizes.total_bytes))
+    return table
+
+
+def _file_bytes(plan: Plan, kind: str) -> int:
+    """Bytes of all 2-bit layers of this kind in the file."""
+    a, q = plan.architecture, plan.quantization
+    sizes: Counter[str] = Counter()
+    for layer in range(a.num_layers):
+        name = spec.layer_prefix(layer) + kind
+        n, k = spec.linear_shape(a, kind)
+        sizes[kind] += n * (
+            spec.ceil_div(k, spec.CODES_PER_BYTE)
+            + spec.LEVELS_PER_GROUP * spec.ceil_div(k, q.group_of(name))
+            + _FLOAT32
+        )
+    return sizes[kind]
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table("memory for", "bytes", title="estimate", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, nbytes in plan.memory.items():
+        table.add_row(name, _gb(nbytes))
+    table.add_section()
+    table.add_row("all", _gb(plan.memory_bytes))
+    return table
