@@ -1,6 +1,7 @@
 """Chat templates: the transformers dialect, and templates that mean harm."""
 
 import pytest
+
 from rcprun import template_child
 from rcprun.chat import TemplateLimits, render_chat
 from rcprun.errors import BadRequest, ChatTemplateError
@@ -69,7 +70,7 @@ HOSTILE = {
     "repetition": "{{ 'a' * 10**9 }}",
     "repetition, turned": "{{ 10**9 * ['a'] }}",
     "tower of powers": "{{ 10**(10**10) }}",
-    "huge product": "{% set ns = namespace(x=10**1000) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "huge product": "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "huge range": "{{ range(10**9) | list }}",
     "doubling": "{% set ns = namespace(x='aaaa') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "doubling by +": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",

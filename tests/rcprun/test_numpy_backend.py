@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rcpformat import Architecture, Quantization
 from rcpformat.arithmetic import integer_matmul, quantize_kv
 from rcpformat.reader import RcpFile
