@@ -12,10 +12,8 @@ import math
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rcpconv.baking import baked_decoder
-from rcpconv.errors import DownloadFailed, EvaluationFailed
+from rcpconv.errors import EvaluationFailed
+from rcpconv.heldout import Text, default_text
 from rcpconv.hub import file_sha256
 from rcpconv.inspection import model_size
 from rcpconv.model import Decoder
@@ -48,48 +47,6 @@ LOGIT_FILE_BYTES = 512 << 20
 """The runtime's logits lie on disk this much at a time."""
 _LOGIT_ELEMENTS = 1 << 24
 """Logits in memory at a time when only likelihoods are wanted."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to evaluate on, and where it comes from."""
-
-    name: str
-    content: str
-
-
-def read_text(path: Path) -> Text:
-    """A UTF-8 file as a Text."""
-    try:
-        return Text(path.name, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise EvaluationFailed(f"{path}: expected plain UTF-8 text: {error}") from error
-
-
-def default_text(model: str | None) -> Text:
-    """The held-out text of the bundled model when `model` is "demo", else the WikiText-2 test set from the Hub."""
-    if model == "demo":
-        return Text("demo, held-out", (resources.files("rcpconv") / "demo" / "heldout.txt").read_text(encoding="utf-8"))
-    return wikitext2_test()
-
-
-def wikitext2_test() -> Text:
-    """The raw WikiText-2 test set, its lines joined by blank lines as the quantization papers do.
-
-    Raises DownloadFailed when the Hub cannot be reached and the text is not in its cache.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
-        with zipfile.ZipFile(archive) as content:
-            lines = content.read("wikitext-2-raw/wiki.test.raw").decode().splitlines(keepends=True)
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP library's own
-        raise DownloadFailed(
-            "the default text (WikiText-2 test, dataset ggml-org/ci on the Hub) could not be fetched; "
-            "go online once, or name a text with --text FILE"
-        ) from error
-    return Text("WikiText-2 test", "\n\n".join("" if line.isspace() else line for line in lines))
 
 
 def tokenize(tokenizer_json: bytes, text: str) -> list[int]:

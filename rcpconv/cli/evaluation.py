@@ -43,7 +43,8 @@ def eval_command(
     from rich.console import Console
 
     from rcpconv.errors import RunNotFound
-    from rcpconv.evaluate import evaluate, read_text, render
+    from rcpconv.evaluate import evaluate, render
+    from rcpconv.heldout import read_text
 
     found = None
     if not {"original", "fake-quant"} <= set(skip):

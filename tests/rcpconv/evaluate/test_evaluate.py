@@ -1,0 +1,152 @@
+"""`rcpconv eval`: windows, perplexities of three models on the same text, and agreement between backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loopback_hub import serve_hub
+from rcpconv import evaluate as module
+from rcpconv.errors import EvaluationFailed
+from rcpconv.evaluate import Evaluation, Runtime, cut, evaluate, tokenize
+from rcpconv.export import export
+from rcpconv.heldout import Text, default_text, read_text
+from rcpconv.runs import Run
+from tiny_checkpoints import CORPUS, make_tiny_checkpoint
+from tiny_runs import make_tiny_run
+
+TEXT = Text("a text", " ".join(CORPUS * 3))
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_tiny_run("qwen3", tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def rcp(run: Run) -> Path:
+    path = run.folder.parent / "model.rcp"
+    export(run, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluation(run: Run, rcp: Path) -> Evaluation:
+    return evaluate(run=run, rcp=rcp, text=TEXT, window=WINDOW, compare=True, device="cpu")
+
+
+def test_windows_do_not_overlap_and_drop_a_shorter_rest() -> None:
+    assert cut(range(10), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut(range(10), 4, max_tokens=9) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut(range(10), 4, max_tokens=7) == [[0, 1, 2, 3]]
+    assert cut(range(3), 4) == [[0, 1, 2]]
+    assert cut(range(1), 4) == []
+
+
+def test_text_is_one_stream_without_special_tokens(run: Run) -> None:
+    tokens = tokenize(run.tokenizer_json, TEXT.content)
+    assert len(tokens) > 2 * WINDOW
+    assert not set(tokens) & {0, 1, 2}
+
+
+def test_original_perplexity_is_that_of_transformers(run: Run, evaluation: Evaluation, tmp_path: Path) -> None:
+    model = make_tiny_checkpoint("qwen3", tmp_path)
+    windows = torch.tensor(cut(tokenize(run.tokenizer_json, TEXT.content), WINDOW))
+    with torch.inference_mode():
+        logits = model(windows).logits[:, :-1]
+    expected = math.exp(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item())
+    original = evaluation.models[0]
+    assert (original.name, original.ratio) == ("original", 1)
+    assert original.perplexity == pytest.approx(expected, rel=1e-5)
+    assert original.bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert evaluation.tokens == windows[:, 1:].numel()
+
+
+def test_file_scores_as_the_trained_model(evaluation: Evaluation, rcp: Path) -> None:
+    original, trained, file = evaluation.models
+    assert file.perplexity == pytest.approx(trained.perplexity, rel=0.02)
+    assert abs(file.perplexity - trained.perplexity) < abs(trained.perplexity - original.perplexity)
+    assert file.bytes == rcp.stat().st_size
+    assert file.ratio == pytest.approx(original.bytes / file.bytes)  # type: ignore[operator]
+
+
+def test_agreement_is_measured_beside_float64s(evaluation: Evaluation) -> None:
+    assert set(evaluation.agreement) == {"runtime vs. torch float32", "torch float32 vs. torch float64"}
+    for difference in evaluation.agreement.values():
+        assert difference.top1_agreement > 0.97
+        assert 0 <= difference.mean_kl < 0.01
+    json.dumps(dataclasses.asdict(evaluation))
+
+
+def test_logits_come_in_files_of_bounded_size(rcp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    together = list(Runtime(rcp).logits(windows))
+    assert [len(logits) for logits in together] == [3, 2, 4]
+    monkeypatch.setattr(module, "LOGIT_FILE_BYTES", 1)
+    for a, b in zip(together, Runtime(rcp).logits(windows), strict=True):
+        assert (a == b).all()
+
+
+def test_models_can_be_left_out(run: Run, rcp: Path) -> None:
+    only = evaluate(run=run, rcp=rcp, text=TEXT, window=WINDOW, skip=("original", "rcp"))
+    assert [model.name for model in only.models] == ["fake-quant"]
+    only = evaluate(run=None, rcp=rcp, text=TEXT, max_tokens=100)
+    assert [model.name for model in only.models] == ["rcp"]
+    assert only.window == 128, "the model's context"
+    with pytest.raises(EvaluationFailed, match="nothing to evaluate"):
+        evaluate(run=run, rcp=None, text=TEXT, skip=("original", "fake-quant"))
+    with pytest.raises(EvaluationFailed, match="--rcp"):
+        evaluate(run=run, rcp=None, text=TEXT, compare=True)
+
+
+def test_a_file_of_another_run_is_refused(rcp: Path, tmp_path: Path) -> None:
+    other = make_tiny_run("qwen3", tmp_path, kv_bits=8)
+    with pytest.raises(EvaluationFailed, match="not exported from"):
+        evaluate(run=other, rcp=rcp, text=TEXT)
+
+
+def test_what_the_runtime_says_reaches_the_user(rcp: Path) -> None:
+    with pytest.raises(EvaluationFailed, match=r"could not score.*context"):
+        evaluate(run=None, rcp=rcp, text=TEXT, window=200)
+
+
+def test_text_has_to_be_text(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    with pytest.raises(EvaluationFailed, match="UTF-8"):
+        read_text(tmp_path / "text")
+    assert len(default_text("demo").content) > 50_000
+    with pytest.raises(EvaluationFailed, match="two tokens"):
+        evaluate(run=run, rcp=None, text=Text("empty", ""))
+
+
+def test_default_text_is_wikitext_2_joined_by_blank_lines(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("wikitext-2-raw/wiki.test.raw", " \n = A = \n \n One line . \n")
+    code = (
+        "from rcpconv.heldout import default_text; from rcpconv.errors import DownloadFailed\n"
+        "try: print(repr(default_text('org/model').content))\n"
+        "except DownloadFailed as error: print(error)\n"
+    )
+    with serve_hub() as hub:
+        hub.add("datasets/ggml-org/ci", {"wikitext-2-raw-v1.zip": archive.getvalue()})
+        online = hub.environment(tmp_path / "a") | {"PYTHONPATH": ":".join(sys.path)}
+        offline = hub.environment(tmp_path / "b") | {"PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"}
+        children = [
+            subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+            for env in (online, offline)
+        ]
+        outputs = [child.communicate()[0] for child in children]
+    assert outputs[0] == repr("\n\n = A = \n\n\n\n\n One line . \n") + "\n"
+    assert "--text FILE" in outputs[1]

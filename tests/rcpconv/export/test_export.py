@@ -1,0 +1,166 @@
+"""`rcpconv export`: lossless, the same bytes each time, and nothing written when anything differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rcpconv.baking import hash_weights
+from rcpconv.errors import BadRun, ExportMismatch
+from rcpconv.export import check_lossless, export
+from rcpconv.inspection import bars, code_counts, inspect_file, model_size
+from rcpconv.runs import BAKED, RUNNING, WEIGHT_HASHES, Run, write_json
+from rcpformat import Architecture, OutputExists, Quantization, RcpFile, pack_codes, spec
+from rcpformat.accounting import account
+from tiny_runs import make_tiny_run
+
+LLAMA_2_7B = Architecture(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+
+
+@pytest.fixture(scope="module")
+def original_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_tiny_run("llama3", tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def run(original_run: Run, tmp_path: Path) -> Run:
+    """A copy that a test may damage."""
+    shutil.copytree(original_run.folder, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def test_every_weight_decodes_to_what_was_trained(run: Run, tmp_path: Path) -> None:
+    report = export(run, tmp_path / "model.rcp")
+    with RcpFile.open(tmp_path / "model.rcp", verify=True) as file:
+        for name in spec.linear_names(file.architecture):
+            assert hash_weights(file.linear(name).weights()) == run.weight_hashes[name]
+        for name in run.tensor_names():
+            np.testing.assert_array_equal(file.tensor(name), run.tensor(name))
+        assert file.tokenizer_json() == run.tokenizer_json
+        assert file.metadata.tokenizer == run.tokenizer
+        assert file.metadata.generation == run.generation == {"temperature": 0.6, "top_p": 0.9}
+    assert report.nbytes == (tmp_path / "model.rcp").stat().st_size
+
+
+def test_same_run_gives_same_bytes(run: Run, original_run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "a.rcp")
+    export(Run.open(original_run.folder), tmp_path / "b.rcp")
+    assert (tmp_path / "a.rcp").read_bytes() == (tmp_path / "b.rcp").read_bytes()
+
+
+def test_changed_weights_are_refused_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
+    tensors = load_file(run.folder / BAKED)
+    tensors["layers.1.mlp.up.codes"][3, 5] ^= 0b01
+    save_file(tensors, run.folder / BAKED)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportMismatch, match=r"layers\.1\.mlp\.up: the weights are not those"):
+        export(Run.open(run.folder), tmp_path / "out" / "model.rcp")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_hashes_of_other_layers_are_refused(run: Run, tmp_path: Path) -> None:
+    hashes = dict(run.weight_hashes)
+    del hashes["layers.0.attn.q"]
+    write_json(run.folder / WEIGHT_HASHES, hashes)
+    with pytest.raises(ExportMismatch, match=r"weights\.sha256\.json.*layers\.0\.attn\.q"):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
+
+
+@pytest.mark.parametrize("name", ["layers.0.act_clip", "embed.scale", "head.weight", "rope.inv_freq"])
+def test_check_compares_every_other_tensor(run: Run, tmp_path: Path, name: str) -> None:
+    export(run, tmp_path / "model.rcp")
+    tensors = load_file(run.folder / BAKED)
+    tensors[name] = (
+        np.nextafter(tensors[name], np.array(0, tensors[name].dtype)) if "weight" not in name else -tensors[name]
+    )
+    save_file(tensors, run.folder / BAKED)
+    with pytest.raises(ExportMismatch, match=name):
+        check_lossless(tmp_path / "model.rcp", Run.open(run.folder))
+
+
+def test_existing_file_stays_without_force(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "model.rcp"
+    out.write_text("mine")
+    with pytest.raises(OutputExists):
+        export(run, out)
+    assert out.read_text() == "mine"
+    export(run, out, force=True)
+    RcpFile.open(out, verify=True)
+
+
+def test_unfinished_run_is_refused(run: Run, tmp_path: Path) -> None:
+    run.update(status=RUNNING)
+    with pytest.raises(BadRun, match="not finished"):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
+
+
+def test_file_tells_origin_and_recipe_but_no_local_path(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "model.rcp")
+    with RcpFile.open(tmp_path / "model.rcp") as file:
+        provenance = file.metadata.provenance
+    assert provenance["base_model"] == "checkpoint"
+    assert provenance["recipe"]["loss"] == "cakld"
+    assert str(tmp_path) not in json.dumps(provenance)
+    assert "/" not in json.dumps(provenance)
+
+
+def test_llama_2_7b_shrinks_at_least_6_2_times() -> None:
+    sizes = account(LLAMA_2_7B, Quantization(method="ldp"), tokenizer_bytes=1_843_000)
+    assert sizes.ratio >= 6.2, sizes.ratio
+    assert sizes.fp16_bytes == 2 * 6_738_415_616
+
+
+def test_size_counts_a_tied_checkpoint_once() -> None:
+    tied = account(LLAMA_2_7B, Quantization(method="ldp"), tied_checkpoint=True)
+    found = model_size(LLAMA_2_7B, Quantization(method="ldp"), {"parameters": tied.fp16_bytes // 2}, 0)
+    assert found.fp16_bytes == tied.fp16_bytes == 2 * (6_738_415_616 - 32000 * 4096)
+    untied = dataclasses.replace(LLAMA_2_7B, vocab_size=100)
+    assert model_size(untied, Quantization(method="ldp"), {}, 0) == account(untied, Quantization(method="ldp"))
+
+
+def test_inspection_counts_codes_levels_and_bytes(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "model.rcp")
+    report = inspect_file(tmp_path / "model.rcp")
+    json.dumps(report)
+    assert [linear["name"] for linear in report["linears"]] == spec.linear_names(run.architecture)
+    listed = sum(linear["bytes"] for linear in report["linears"]) + sum(t["bytes"] for t in report["other_tensors"])
+    with RcpFile.open(tmp_path / "model.rcp") as file:
+        assert listed == sum(entry.nbytes for entry in file.header_tensors.values())
+        levels = file.tensor("layers.0.mlp.down.levels")
+    down = report["linears"][6]
+    assert sum(down["code_shares"]) == pytest.approx(1)
+    assert down["level_shares"][0] == pytest.approx(np.mean(levels <= -113))
+    assert down["level_shares"][8] == pytest.approx(np.mean(abs(levels) <= 7))
+
+
+@pytest.mark.parametrize("k", [1, 5, 128, 172])
+def test_code_counts_leave_out_padding(k: int) -> None:
+    codes = np.random.default_rng(k).integers(0, 4, (7, k), dtype=np.uint8)
+    np.testing.assert_array_equal(code_counts(pack_codes(codes), k), np.bincount(codes.ravel(), minlength=4))
+
+
+def test_bars_show_every_bin_that_is_not_empty() -> None:
+    assert bars([0, 1e-9, 0.5, 1]) == " ▁▄█"
+
+
+def test_hash_is_of_the_weights_in_row_major_order() -> None:
+    weights = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert hash_weights(weights) == hashlib.sha256(b"".join(w.tobytes() for w in weights.ravel())).hexdigest()
