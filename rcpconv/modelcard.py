@@ -95,6 +95,12 @@ LICENCES = {
 """By the Hub's licence identifier."""
 
 
+def _licence_of(provenance: Mapping[str, Any]) -> str | None:
+    """The Hub's identifier of the base model's licence, whatever else a README said, or None."""
+    stated = provenance.get("license")
+    return stated.lower() if isinstance(stated, str) and stated.lower() in LICENCES else stated
+
+
 def model_card(
     repository: str,
     filename: str,
@@ -106,7 +112,7 @@ def model_card(
 ) -> str:
     """The text of README.md. evaluation: what `rcpconv eval --json` wrote, if anything."""
     provenance, quantization = metadata.provenance, metadata.quantization
-    base, revision, licence = (provenance.get(key) for key in ("base_model", "revision", "license"))
+    base, revision, licence = provenance.get("base_model"), provenance.get("revision"), _licence_of(provenance)
     front_matter: dict[str, Any] = {}
     if licence is not None:
         front_matter |= {"license": licence} if licence in LICENCES else {"license": "other", "license_name": licence}
@@ -195,7 +201,7 @@ def _licence(identifier: str | None, page: str | None) -> str:
 
 def naming_duty(repository: str, provenance: Mapping[str, Any]) -> str | None:
     """A warning when the licence prescribes how a published model's name begins and this one begins otherwise."""
-    licence = LICENCES.get(provenance.get("license") or "")
+    licence = LICENCES.get(_licence_of(provenance) or "")
     if licence is None or licence.name_prefix is None:
         return None
     words = re.sub(r"[^a-z0-9]+", " ", repository.partition("/")[2].lower())
