@@ -163,7 +163,7 @@ class Model:
             cached=cached,
             sampler=Sampler(options),
             max_tokens=max_tokens,
-            stop=stop,
+            stop=[stop] if isinstance(stop, str) else stop,
         )
         return self._running
 

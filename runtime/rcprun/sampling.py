@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rcprun.errors import BadRequest
+from rcprun.errors import BadModelFile, BadRequest
 
 REPEAT_WINDOW = 64
 """The repeat penalty looks at this many of the latest tokens, the prompt's included."""
@@ -109,7 +109,7 @@ class Sampler:
     def sample(self, logits_V: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token's id. history: all tokens so far, of which the last REPEAT_WINDOW count."""
         if not np.isfinite(logits_V).all():
-            raise BadRequest("the model gave logits that are not finite numbers; the file's weights make no sense")
+            raise BadModelFile("the model gave logits that are not finite numbers; the file's weights make no sense")
         if self.options.repeat_penalty != 1:
             logits_V = penalize(logits_V, history[-REPEAT_WINDOW:], self.options.repeat_penalty)
         if self.options.temperature == 0:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rcprun.errors import BadRequest
+from rcprun.errors import BadModelFile, BadRequest
 from rcprun.sampling import REPEAT_WINDOW, Sampler, SamplingOptions, candidates, penalize
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -98,7 +98,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 
 
 def test_logits_must_be_finite() -> None:
-    with pytest.raises(BadRequest, match="not finite"):
+    with pytest.raises(BadModelFile, match="not finite"):
         Sampler(SamplingOptions()).sample(np.array([1, np.nan], dtype=np.float32), [])
 
 
