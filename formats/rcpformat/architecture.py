@@ -65,7 +65,7 @@ class _JsonRecord:
                 found = value[item.name]
                 arguments[item.name] = tuple(found) if isinstance(found, list) else found
             elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-                raise BadMetadata(f"{cls.__name__}.{item.name}: missing")
+                raise BadMetadata(f"{cls.__name__}.{item.name}: expected this key, found none")
         return cls(**arguments)
 
 

@@ -148,7 +148,7 @@ def too_slow(*_: Any) -> None:
 def run_mutations(folder: Path, seed: int, count: int) -> Counter[str]:
     """Outcomes by error name. Runs in a process of its own, whose memory it limits."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_MEMORY, used + SPARE_MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.signal(signal.SIGALRM, too_slow)
     rng = random.Random(seed)
     vectors = [path.read_bytes() for path in sorted((FOLDER / "good").glob("*.rcp"))]
