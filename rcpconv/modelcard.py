@@ -133,7 +133,8 @@ def model_card(
         f"cache, in one file of {file_bytes / 1e6:,.1f} MB: {fp16_bytes / file_bytes:.2f} times smaller than FP16. "
         "Converted with rcpconv by rotation and quantization-aware training "
         "([RCP, arXiv 2502.15779](https://arxiv.org/abs/2502.15779), reconstructed).",
-        f'## Run it\n\n```sh\npip install rcpconv\nrcp-run {repository} --prompt "Once upon a time"\n```\n\n'
+        f'## Run it\n\n```sh\nrcp-run {repository} --prompt "Once upon a time"\n```\n\n'
+        "`rcp-run` is rcpconv's runtime, for a CPU or an NVIDIA GPU, without torch. "
         f"`hf://{repository}/{filename}` names the file itself.",
         _recipe(metadata),
         _quality(evaluation),
@@ -152,7 +153,7 @@ def _recipe(metadata: RcpMetadata) -> str:
     }
     recipe = metadata.provenance.get("recipe")
     if isinstance(recipe, Mapping):
-        rows |= {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
+        rows |= {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in recipe.items()}
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["## Recipe", "", "| | |", "| --- | --- |", *lines])
 
