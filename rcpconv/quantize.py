@@ -20,7 +20,8 @@ from rcpconv.baking import bake, weight_hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import DEFAULT_CORPUS, DEMO, OPTIONS, SELF, QuantizeConfig, build_config, read_recipe
 from rcpconv.errors import BadRun, BadTrainingData, TrainingDiverged
-from rcpconv.evaluate import Text, cut, default_text, read_text, tokenize, torch_perplexity
+from rcpconv.evaluate import cut, tokenize, torch_perplexity
+from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Plan, look_at_machine, make_plan
