@@ -248,7 +248,7 @@ def evaluate(
         raise EvaluationFailed("nothing to evaluate: name a run with --run or a file with --rcp, and skip less")
     if compare and RCP not in wanted:
         raise EvaluationFailed("agreement is between a file and torch: name the file with --rcp")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = _device(device)
     model = _Quantized.of(run, rcp)
     text = text or default_text(model.base_model)
     window = window or min(DEFAULT_WINDOW, model.architecture.max_position_embeddings)
@@ -301,6 +301,13 @@ def render(evaluation: Evaluation, console: Console) -> None:
         for name, found in evaluation.agreement.items():
             table.add_row(name, f"{found.top1_agreement:.4%}", f"{found.mean_kl:.3e}")
         console.print(table)
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise EvaluationFailed("device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

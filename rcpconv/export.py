@@ -49,8 +49,17 @@ def provenance(run: Run) -> dict[str, Any]:
         for name, option in OPTIONS.items()
         if option.group in (DATA, TRAINING) and getattr(config, name) is not None
     }
-    recipe["data"] = [source if source.startswith(HUB_PREFIX) else Path(source).name for source in config.data]
-    return origin | {"recipe": recipe, "evaluation": run.evaluation}
+    recipe["data"] = [_public(source) for source in config.data]
+    evaluation = run.evaluation
+    if config.eval_data is not None:
+        recipe["eval_data"] = _public(config.eval_data)
+        evaluation["text"] = _public(config.eval_data)
+    return origin | {"recipe": recipe, "evaluation": evaluation}
+
+
+def _public(text: str) -> str:
+    """The name of a training text without the folders it lies in."""
+    return text if text.startswith(HUB_PREFIX) else Path(text).name
 
 
 def _source(run: Run, name: str) -> Any:

@@ -137,7 +137,7 @@ def model_card(
         "`rcp-run` is rcpconv's runtime, for a CPU or an NVIDIA GPU, without torch. "
         f"`hf://{repository}/{filename}` names the file itself.",
         _recipe(metadata),
-        _quality(evaluation),
+        _quality(evaluation or _of_training(provenance)),
         _licence(licence, page),
     ]
     return "\n\n".join(sections) + "\n"
@@ -156,6 +156,15 @@ def _recipe(metadata: RcpMetadata) -> str:
         rows |= {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in recipe.items()}
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["## Recipe", "", "| | |", "| --- | --- |", *lines])
+
+
+def _of_training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What was measured at the end of the training, in the form of `rcpconv eval`, if anything was."""
+    found = provenance.get("evaluation")
+    if not isinstance(found, Mapping) or not isinstance(found.get("perplexity"), Mapping):
+        return None
+    rows = [{"name": name, "perplexity": value, "bytes": None} for name, value in found["perplexity"].items()]
+    return {**found, "models": rows}
 
 
 def _quality(evaluation: Mapping[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ import click
 from rcpconv.cli.options import FILE, find_run, run_options
 
 _MODELS = ("original", "fake-quant", "rcp")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @click.command("eval", short_help="Measure perplexity: original, run and file.")
@@ -19,7 +20,7 @@ _MODELS = ("original", "fake-quant", "rcp")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use this much of the text. Default: all.")
 @click.option("--skip", type=click.Choice(_MODELS), multiple=True, help="Leave out a model; may be repeated.")
 @click.option("--agreement", is_flag=True, help="Compare the runtime's predictions with torch's, token by token.")
-@click.option("--device", default="auto", show_default=True, help="Of the torch models: auto, cpu or cuda.")
+@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True, help="Of the torch models.")
 @click.option("--json", "json_file", type=FILE, help="Write the results to a file too.", metavar="FILE")
 def eval_command(
     run: Path | None,

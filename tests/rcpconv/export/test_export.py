@@ -16,7 +16,7 @@ from rcpconv.baking import hash_weights
 from rcpconv.errors import BadRun, ExportMismatch
 from rcpconv.export import check_lossless, export
 from rcpconv.inspection import bars, code_counts, inspect_file, model_size
-from rcpconv.runs import BAKED, RUNNING, WEIGHT_HASHES, Run, write_json
+from rcpconv.runs import BAKED, RECIPE, RUNNING, WEIGHT_HASHES, Run, write_json
 from rcpformat import Architecture, OutputExists, Quantization, RcpFile, pack_codes, spec
 from rcpformat.accounting import account
 from tiny_runs import make_tiny_run
@@ -113,13 +113,18 @@ def test_unfinished_run_is_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_file_tells_origin_and_recipe_but_no_local_path(run: Run, tmp_path: Path) -> None:
+    settings = {"data": [str(tmp_path / "text.txt"), "hf:org/name"], "eval_data": str(tmp_path / "heldout.txt")}
+    (run.folder / RECIPE).write_text(run.config.changed(**settings).to_toml())
+    run.update(evaluation={"text": str(tmp_path / "heldout.txt"), "perplexity": {"original": 10.0}})
+    run = Run.open(run.folder)
     export(run, tmp_path / "model.rcp")
     with RcpFile.open(tmp_path / "model.rcp") as file:
         provenance = file.metadata.provenance
     assert provenance["base_model"] == "checkpoint"
     assert provenance["recipe"]["loss"] == "cakld"
+    assert provenance["recipe"]["data"] == ["text.txt", "hf:org/name"]
+    assert provenance["evaluation"] == {"text": "heldout.txt", "perplexity": {"original": 10.0}}
     assert str(tmp_path) not in json.dumps(provenance)
-    assert "/" not in json.dumps(provenance)
 
 
 def test_llama_2_7b_shrinks_at_least_6_2_times() -> None:

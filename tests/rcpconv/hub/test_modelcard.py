@@ -12,10 +12,10 @@ from rcpconv.modelcard import LICENCES, model_card, naming_duty
 from tiny_rcp import LDP, TINY, random_metadata
 
 
-def card(evaluation: dict[str, Any] | None = None, **provenance: Any) -> str:
+def card(measured: dict[str, Any] | None = None, **provenance: Any) -> str:
     metadata = dataclasses.replace(random_metadata(TINY, LDP), provenance=provenance)
     return model_card(
-        "user/tiny", "tiny.rcp", metadata, file_bytes=2_500_000, fp16_bytes=10_000_000, evaluation=evaluation
+        "user/tiny", "tiny.rcp", metadata, file_bytes=2_500_000, fp16_bytes=10_000_000, evaluation=measured
     )
 
 
@@ -91,4 +91,6 @@ def test_measured_perplexities_are_shown() -> None:
     assert "Perplexity on a text: 12,345 tokens in windows of 512" in text
     assert "| original | 20.00 | 10.0 MB |" in text
     assert "| fake-quant | 24.13 |  |" in text
+    measured = {"text": "demo", "window": 512, "tokens": 1234, "perplexity": {"original": 31.0, "fake-quant": 42.0}}
+    assert "| fake-quant | 42.00 |" in card(base_model="demo", evaluation=measured)
     assert "Not measured" in card(base_model="demo")
