@@ -61,17 +61,37 @@ class Quantized(NamedTuple):
     bits: int
 
 
+class _ActivationCodes(torch.autograd.Function):
+    """clamp(round(x / scale)): straight through inside the grid. Written out, to keep one byte an element, not twelve."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+        reciprocal = torch.where(zero, 0.0, 1.0 / scale)
+        rounded = (x * reciprocal).round_()
+        codes = rounded.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        ctx.save_for_backward(x, reciprocal, codes == rounded)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, reciprocal, inside = ctx.saved_tensors
+        grad_x = grad * inside
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad_x * x).sum(dim=-1, keepdim=True).mul_(reciprocal).mul_(reciprocal).neg_()
+        return grad_x.mul_(reciprocal), grad_scale, None, None
+
+
 def quantize_activations(x: Tensor, clip: Tensor | float, bits: int) -> Quantized:
     """SPEC.md, "Activations", differentiable in x and clip (the scale's dependence on x is not differentiated).
 
     x: (..., K) float32.
     """
-    largest = 2 ** (bits - 1) - 1
     peak = x.detach().abs().amax(dim=-1, keepdim=True)
     zero = peak < ZERO_TOKEN
-    scale = torch.where(zero, 1.0, (clip * peak) / largest)
-    codes = torch.clamp(round_ste(x * (1.0 / scale)), -largest - 1, largest)
-    return Quantized(torch.where(zero, 0.0, codes), scale, bits)
+    scale = torch.where(zero, 1.0, (clip * peak) / (2 ** (bits - 1) - 1))
+    codes: Tensor = _ActivationCodes.apply(x, scale, zero, bits)  # type: ignore[no-untyped-call]
+    return Quantized(codes, scale, bits)
 
 
 def fake_quantize_kv(x: Tensor, clip: Tensor | float, bits: int) -> Tensor:
@@ -132,13 +152,13 @@ class _IntegerLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
         codes_MK, scale_M1, integers_NK, row_scale_N = ctx.saved_tensors
-        scaled_MN = grad_MN.float() * row_scale_N
-        inner_MK = _integer_mm(scaled_MN, integers_NK, half=ctx.half)
-        grad_scale = (inner_MK * codes_MK).sum(dim=1, keepdim=True)
-        grad_codes = inner_MK * scale_M1
-        grad_integers = None
+        scaled_MN = (grad_MN.float() * row_scale_N).mul_(scale_M1)
+        grad_codes = _integer_mm(scaled_MN, integers_NK, half=ctx.half)
+        grad_scale = grad_integers = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad_codes * codes_MK).sum(dim=1, keepdim=True) / scale_M1
         if ctx.needs_input_grad[2]:
-            grad_integers = _integer_mm((scaled_MN * scale_M1).T, codes_MK, half=ctx.half)
+            grad_integers = _integer_mm(scaled_MN.T, codes_MK, half=ctx.half)
         return grad_codes, grad_scale, grad_integers, None, None, None
 
 
