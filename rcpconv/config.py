@@ -43,7 +43,7 @@ class Option:
 
     help: str
     group: str
-    type: type = str
+    type: Any = str
     choices: tuple[Any, ...] = ()
     low: float | None = None
     above: float | None = None
@@ -71,7 +71,7 @@ class Option:
             value = parse_count(name, value)
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value) is not self.type:
+        if type(value) is not self.type:  # a bool is no integer here
             raise BadOption(f"{name}: expected {_TYPE_NAMES[self.type]}, found {value!r}")
         if self.choices and value not in self.choices:
             raise BadOption(f"{name}: expected one of {', '.join(map(str, self.choices))}; found {value!r}")
@@ -105,7 +105,7 @@ def _required(**known: Any) -> Any:
     return field(metadata={"option": Option(**known)})
 
 
-FORM, DATA, TRAINING, MACHINE, RUN = "Form of the file", "Texts", "Training", "Machine", "Run"
+GROUPS = FORM, DATA, TRAINING, MACHINE, RUN = "Form of the file", "Texts", "Training", "Machine", "Run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,10 @@ class QuantizeConfig:
         "Default: demo for the demo model, otherwise default.",
     )
     eval_data: str | None = _option(
-        None, optional=True, group=DATA, help="Text to measure perplexity on: a file, demo, or default (WikiText-2 test). Default: none."
+        None,
+        optional=True,
+        group=DATA,
+        help="Text to measure perplexity on: a file, demo, or default (WikiText-2 test). Default: none.",
     )
     max_eval_tokens: int | None = _option(
         None, type=int, count=True, low=1, optional=True, group=DATA, help="Use this much of it. Default: all."
@@ -252,7 +255,12 @@ class QuantizeConfig:
 
     seed: int = _option(0, type=int, low=0, high=2**63 - 1, group=RUN, help="Of the rotation's signs and text order.")
     checkpoint_every: int = _option(
-        100, type=int, low=1, group=RUN, free=True, help="Steps between checkpoints to resume from."
+        100,
+        type=int,
+        low=0,
+        group=RUN,
+        free=True,
+        help="Steps between checkpoints to resume from; 0: only when stopped by Ctrl-C.",
     )
     keep_checkpoints: int = _option(2, type=int, low=1, group=RUN, free=True, help="How many checkpoints to keep.")
     log_every: int = _option(10, type=int, low=1, group=RUN, free=True, help="Steps between lines of metrics.jsonl.")
@@ -303,7 +311,7 @@ class QuantizeConfig:
     def to_toml(self) -> str:
         """All settings that have a value, by group; from_mapping(tomllib.loads(...)) gives an equal configuration."""
         lines: list[str] = []
-        for group in (RUN, FORM, DATA, TRAINING, MACHINE):
+        for group in (RUN, *GROUPS[:-1]):
             lines += ["", f"# {group}"] if lines else [f"# {group}"]
             for name, option in OPTIONS.items():
                 value = getattr(self, name)
@@ -314,6 +322,8 @@ class QuantizeConfig:
 
 OPTIONS: dict[str, Option] = {item.name: item.metadata["option"] for item in dataclasses.fields(QuantizeConfig)}
 """Every setting by its field name, in order."""
+DEFAULTS: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(QuantizeConfig)}
+"""Their defaults; None where it depends on model and machine."""
 
 
 def _toml_value(value: Any) -> str:
@@ -354,12 +364,18 @@ def build_config(model: str | None, recipe: Path | None, given: Mapping[str, Any
 
     The demo model has defaults of its own (rcpconv/recipes/demo.toml). Raises BadOption.
     """
-    settings = {} if recipe is None else read_recipe(recipe)
-    if model is not None:
-        settings["model"] = model
-    if settings.get("model") == DEMO:
-        settings = demo_recipe() | settings
-    return QuantizeConfig.from_mapping(settings | dict(given), "options" if recipe is None else f"{recipe} and options")
+    settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    if (model or settings.get("model")) == DEMO:
+        settings = _beating(demo_recipe(), settings)
+    settings = _beating(settings, dict(given) | ({} if model is None else {"model": model}))
+    return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
+
+
+def _beating(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """All settings; steps and tokens are one setting in two forms."""
+    if {"steps", "tokens"} & stronger.keys():
+        weaker = {name: value for name, value in weaker.items() if name not in ("steps", "tokens")}
+    return weaker | stronger
 
 
 def demo_recipe() -> dict[str, Any]:

@@ -156,8 +156,8 @@ class Plan:
         kept = self.config.keep_checkpoints + 1 if self.config.checkpoint_every else 1
         if self.checkpoint_bytes * kept > disk:
             found.append(
-                f"{_gb(disk)} of disk are free in {existing}, {kept} checkpoints need {_gb(self.checkpoint_bytes * kept)}"
-                " (--keep-checkpoints 1; --checkpoint-every 0 writes one at Ctrl-C only)"
+                f"{_gb(disk)} of disk are free in {existing}, {kept} checkpoints need "
+                f"{_gb(self.checkpoint_bytes * kept)} (--keep-checkpoints 1 keeps fewer, --checkpoint-every 0 none)"
             )
         return found
 
@@ -330,7 +330,7 @@ def _memory(
 
 
 def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: Machine) -> float:
-    """Time of an optimizer step: six operations a weight and token for the student, two for the teacher, and overhead."""
+    """Time of an optimizer step: 6 operations a weight and token for the student, 2 for the teacher, and overhead."""
     assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
     a = architecture
     linear, table = _linear_weights(a), a.vocab_size * a.hidden_size

@@ -120,7 +120,7 @@ def _record(plan: Plan, source: SourceModel) -> dict[str, Any]:
 
 
 def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recipe: Path | None) -> QuantizeConfig:
-    """The run's configuration, with what may be changed changed. Raises BadRun for a run or setting that will not do."""
+    """The run's configuration, with what may be changed changed. Raises BadRun for a run or setting that cannot be."""
     if run.status == FINISHED:
         raise BadRun(f"{run.folder}: already finished; export it with: rcpconv export --run {run.folder}")
     asked = ({} if recipe is None else read_recipe(recipe)) | dict(settings)
@@ -144,9 +144,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, console: Console, force: b
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
     windows = _evaluation_windows(plan, source)
-    teacher = original_decoder(
-        source, torch.bfloat16 if half else torch.float32, ComputeOptions(half=half)
-    ).to(device)
+    teacher = original_decoder(source, torch.bfloat16 if half else torch.float32, ComputeOptions(half=half)).to(device)
     sequences = _sequences(run, plan, source, teacher, console)
     rotations = Rotations(r1=config.r1, r2=config.r2, r3=config.r3, r4=config.r4)
     prepared = prepare(source, rotations=rotations, one_table=config.tables == "one", seed=config.seed)
@@ -181,16 +179,17 @@ def _train(run: Run, plan: Plan, source: SourceModel, console: Console, force: b
     except TrainingDiverged as error:
         run.update(status=FAILED, reason=str(error))
         raise
-    evaluation = None
+    evaluation: dict[str, Any] | None = None
     if windows:
         original = original_decoder(source).to(device) if half else teacher
+        found = {"original": perplexity(original), "fake-quant": perplexity(student)}
         evaluation = {
             "text": config.eval_data,
             "window": len(windows[0]),
             "tokens": sum(len(window) - 1 for window in windows),
-            "perplexity": {"original": perplexity(original), "fake-quant": perplexity(student)},
+            "perplexity": found,
         }
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in evaluation["perplexity"].items())
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         console.print(f"perplexity on {config.eval_data}: {figures}", highlight=False, soft_wrap=True)
     _finish(run, student, evaluation)
     out = "" if run.folder.parent == runs_root() else f" --run {run.folder}"

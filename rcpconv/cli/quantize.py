@@ -10,14 +10,14 @@ import click
 from click.core import ParameterSource
 
 from rcpconv.cli.options import FILE, FOLDER
-from rcpconv.config import OPTIONS, RUN, Option
+from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
 from rcpconv.errors import BadOption
 
 _NEWEST = "newest"
 """What --resume means without a run (rcpconv.quantize.NEWEST)."""
 
 
-class _Value(click.ParamType):
+class _Value(click.ParamType):  # type: ignore[type-arg]
     """A value of an Option, checked as in a recipe."""
 
     def __init__(self, name: str, option: Option) -> None:
@@ -43,12 +43,12 @@ class _GroupedHelp(click.Command):
     """Lists the options under the headings of rcpconv.config."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 option = OPTIONS.get(parameter.name or "")
-                groups.setdefault(RUN if option is None else option.group, []).append(record)
+                groups[RUN if option is None else option.group].append(record)
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
@@ -57,9 +57,13 @@ class _GroupedHelp(click.Command):
 def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
     spelled = name.replace("_", "-")
     if option.type is bool:
-        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=option.help)
+        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: yes.")
+    text, default = option.help, DEFAULTS[name]
+    if default not in (None, ()):
+        shown = " ".join(map(str, default)) if option.many == 2 else default
+        text += f" Default: {shown}."
     many = {0: {"multiple": True}, 1: {}}.get(option.many, {"nargs": option.many})
-    return click.option(f"--{spelled}", type=_Value(name, option), help=option.help, **many)  # type: ignore[arg-type]
+    return click.option(f"--{spelled}", type=_Value(name, option), help=text, **many)
 
 
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,6 +94,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_context
 def quantize(
     ctx: click.Context,
+    /,
     model: str | None,
     recipe: Path | None,
     resume: str | None,

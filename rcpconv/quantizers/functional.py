@@ -62,7 +62,7 @@ class Quantized(NamedTuple):
 
 
 class _ActivationCodes(torch.autograd.Function):
-    """clamp(round(x / scale)): straight through inside the grid. Written out, to keep one byte an element, not twelve."""
+    """clamp(round(x / scale)): straight through inside the grid. Keeps a byte an element, beside x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -97,6 +97,10 @@ class Trainer:
             self.counters = Counters(**state["counters"])
 
     def _save(self, metrics: Metrics) -> None:
+        """Write a checkpoint; never one with parameters that are not finite."""
+        bad = [name for name, value in self.student.named_parameters() if not bool(value.isfinite().all())]
+        if bad:
+            self._diverged(f"parameter {bad[0]} is not finite")
         metrics.sync()
         self.counters.metrics_bytes = metrics.length
         state = {
@@ -157,9 +161,7 @@ class Trainer:
 
     def _update(self, loss: Loss) -> None:
         counters = self.counters
-        set_rates(
-            self.optimizer, rate_factor(counters.step, self.steps, self.config.warmup, self.config.lr_floor)
-        )
+        set_rates(self.optimizer, rate_factor(counters.step, self.steps, self.config.warmup, self.config.lr_floor))
         totals = torch.zeros(2, device=self.device)
         first = counters.step * self.accum * self.batch
         for start in range(first, first + self.accum * self.batch, self.batch):
@@ -258,7 +260,7 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
             return f"parameter {name}"
     handles = [module.register_forward_hook(watch(name)) for name, module in student.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             student.hidden(tokens_BT)
     finally:
         for handle in handles:

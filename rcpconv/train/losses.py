@@ -101,6 +101,7 @@ def distill(student: Decoder, teacher: Decoder, tokens_BT: Tensor, loss: Loss, w
             loss_sum, kl_sum = loss_sum + part_loss, kl_sum + part_kl
             gradient_MV *= weight / count
         logits_MV.backward(gradient_MV)
+        assert hidden_leaf.grad is not None
         gradient_MC[part] = hidden_leaf.grad
     torch.autograd.backward([hidden_MC, table], [gradient_MC, table_leaf.grad])
     return loss_sum / count, kl_sum / count

@@ -14,9 +14,9 @@ PEAK = "peak_lr"
 
 
 def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.AdamW:
-    """AdamW with four groups: weights, quantizers (clips and partitions of weights), clips of activations and KV, others.
+    """AdamW with a rate each for weights, weight quantizers, clips of activations and KV, and biases and gains.
 
-    Others are biases and gains. Weight decay is for weights alone.
+    Weight decay is for weights alone.
     """
     assert config.lr is not None and config.quantizer_lr is not None and config.clip_lr is not None
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "quantizers": [], "clips": [], "others": []}
@@ -48,7 +48,7 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 
 def rate_factor(step: int, steps: int, warmup: float, floor: float) -> float:
-    """Share of the peak learning rate at update `step` (0-based) of `steps`: a line up, then a cosine down to `floor`."""
+    """Share of the peak rate at update `step` (0-based) of `steps`: a line up, then a cosine down to `floor`."""
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising

@@ -137,4 +137,4 @@ def plot_loss(path: Path, lines: list[dict[str, Any]], title: str) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]

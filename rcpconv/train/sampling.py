@@ -50,7 +50,7 @@ class _KVCache:
 def sample(
     teacher: Decoder, info: TokenizerInfo, *, tokens: int, seq_len: int, seed: int, tell: Callable[[int], None]
 ) -> Iterator[list[int]]:
-    """Rows of seq_len token ids sampled from an unquantized decoder, about `tokens` in all; `tell` hears how many so far."""
+    """Rows of seq_len token ids sampled from an unquantized decoder, about `tokens` in all; `tell` hears how many."""
     device = teacher.inv_freq.device
     generator = torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(info.eos_ids, device=device)
@@ -69,8 +69,8 @@ def sample(
         for t in range(1, seq_len):
             x_B1C = teacher.embed.embed(row_BT[:, t - 1 : t])  # type: ignore[operator]
             for layer, cache in zip(teacher.layers, caches, strict=True):
-                x_B1C = x_B1C + cache.attend(layer.attn_norm(x_B1C), (cos[t - 1 : t], sin[t - 1 : t]))  # type: ignore[operator, arg-type]
-                x_B1C = x_B1C + layer.mlp(layer.mlp_norm(x_B1C))  # type: ignore[operator, arg-type]
+                x_B1C = x_B1C + cache.attend(layer.attn_norm(x_B1C), (cos[t - 1 : t], sin[t - 1 : t]))  # type: ignore[operator]
+                x_B1C = x_B1C + layer.mlp(layer.mlp_norm(x_B1C))  # type: ignore[operator]
             logits_BV = teacher.logits(teacher.head_input(teacher.final_norm(x_B1C)))[:, 0]
             row_BT[:, t] = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
             if info.bos_id is not None and info.eos_ids:

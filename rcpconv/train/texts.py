@@ -33,7 +33,7 @@ LONGEST_PIECE = 100_000
 _READ_CHARACTERS = 1 << 20
 _BETWEEN_DOCUMENTS = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 
-# The default corpus. WikiText-2 raw (CC BY-SA) as llama.cpp's scripts fetch it; instructions of Dolly 15k (CC BY-SA 3.0).
+# The default corpus: WikiText-2 raw, as llama.cpp's scripts fetch it, and Dolly's instructions. Both are CC BY-SA 3.0.
 _WIKITEXT = ("ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.train.raw")
 _DOLLY = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
 _WIKITEXT_ARTICLE = re.compile(r"^ = [^=\n]+ = \n", re.MULTILINE)

@@ -38,13 +38,11 @@ def chat_renderer(tokenizer: Tokenizer, info: TokenizerInfo) -> Render:
         eos = tokenizer.id_to_token(info.eos_ids[0]) if info.eos_ids else ""
         bos = "" if info.bos_id is None else tokenizer.id_to_token(info.bos_id)
         try:
-            (text,), _ = render_jinja_template(
-                [messages], chat_template=info.chat_template, bos_token=bos, eos_token=eos
-            )
+            texts = render_jinja_template([messages], chat_template=info.chat_template, bos_token=bos, eos_token=eos)[0]
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             roles = [message["role"] for message in messages]
             raise BadTrainingData(f"a chat of roles {roles}: the model's chat template refuses it: {error}") from error
-        return str(text)
+        return str(texts[0])
 
     return render
 
@@ -63,7 +61,7 @@ def interleave(streams: list[Iterator[Piece]]) -> Iterator[Piece]:
 
 
 def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, info: TokenizerInfo) -> Iterator[list[int]]:
-    """Ids of each piece, with BOS and EOS at the ends of documents: BOS where the tokenizer adds it, EOS where it has one."""
+    """Ids of each piece; documents begin with BOS where the tokenizer adds it, and end with EOS where it has one."""
     pieces = iter(pieces)
     while batch := list(_take(pieces, _BATCH_CHARACTERS)):
         encoded = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
