@@ -49,8 +49,6 @@ class Piece(NamedTuple):
 
 def pieces(document: str) -> Iterator[Piece]:
     """The document in pieces of at most LONGEST_PIECE characters, cut after line ends where there are any."""
-    if document.isspace():
-        return
     start = 0
     while start < len(document):
         stop = min(start + LONGEST_PIECE, len(document))
@@ -90,7 +88,8 @@ def demo_text(name: str) -> Path:
 
 def _cut(documents: Iterable[str]) -> Iterator[Piece]:
     for document in documents:
-        yield from pieces(document)
+        if not document.isspace():
+            yield from pieces(document)
 
 
 def _bare_suffix(path: Path) -> str:
@@ -130,7 +129,7 @@ def split_documents(file: TextIO) -> Iterator[Piece]:
         for document in documents:
             yield from _part(document, begins)
             begins = True
-        if len(rest) > _READ_CHARACTERS:
+        if len(rest) > LONGEST_PIECE:
             *parts, last = pieces(rest)
             for piece in parts:
                 yield Piece(piece.text, begins and piece.begins, False)
@@ -140,8 +139,9 @@ def split_documents(file: TextIO) -> Iterator[Piece]:
 
 def _part(text: str, begins: bool) -> Iterator[Piece]:
     """Pieces of the last part of a document; `begins` tells whether it is the first part too."""
-    for piece in pieces(text.lstrip("\n") if begins else text):
-        yield piece._replace(begins=begins and piece.begins)
+    if not text.isspace():
+        for piece in pieces(text.lstrip("\n") if begins else text):
+            yield piece._replace(begins=begins and piece.begins)
 
 
 def _read_lines(path: Path, file: TextIO, render: Render) -> Iterator[str]:

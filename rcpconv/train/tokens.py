@@ -142,7 +142,10 @@ class Sequences:
 
 
 def _epoch_order(seed: int, count: int, seq_len: int, epoch: int) -> tuple[int, NDArray[np.int64]]:
-    """(offset, permutation) of one epoch. The first epoch's offset is 0."""
-    random = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order = random.permutation(count)
-    return int(random.integers(seq_len)) if epoch else 0, order
+    """(offset, permutation) of one epoch. The first epoch's offset is 0.
+
+    From raw bits, whose stream numpy promises to keep, so that the order is the same in every version.
+    """
+    random = np.random.PCG64([seed, epoch])
+    order = np.argsort(random.random_raw(count), kind="stable")
+    return int(random.random_raw()) % seq_len if epoch else 0, order

@@ -1,0 +1,129 @@
+"""Settings: checks, TOML, and which source of a setting beats which."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rcpconv.config import METHODS, OPTIONS, QuantizeConfig, build_config, demo_recipe, parse_count
+from rcpconv.errors import BadOption
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 32}, r"group_size: expected one of 64, 128; found 32"),
+        ({"a_bits": True}, r"a_bits: expected an integer, found True"),
+        ({"lr": 0}, r"lr: expected more than 0"),
+        ({"lr": float("nan")}, r"lr: expected a finite number"),
+        ({"lr": "fast"}, r"lr: expected a number, found 'fast'"),
+        ({"warmup": 1.5}, r"warmup: expected at most 1"),
+        ({"betas": (0.9,)}, r"betas: expected 2 values"),
+        ({"betas": 0.9}, r"betas: expected 2 values"),
+        ({"data": "text.txt"}, r"data: expected a list, found 'text.txt'"),
+        ({"loss": "mse"}, r"loss: expected one of kl, cakld, mix; found 'mse'"),
+        ({"device": "tpu"}, r"device: expected auto, cpu, cuda or cuda:N; found 'tpu'"),
+        ({"tokens": "many"}, r"tokens: expected a count such as"),
+        ({"tokens": 5, "steps": 5}, r"steps: 5, but tokens is given too"),
+        ({"tables": "one", "head_bits": 16}, r"head_bits: 16, but one table serves head and embedding"),
+        ({"eval_every": 5}, r"eval_every: 5, but there is no eval_data"),
+        ({"data": ("self", "text.txt")}, r"data: expected 'self' alone"),
+        ({"model": ""}, r"model: expected a folder"),
+        ({"seq_len": 1}, r"seq_len: expected at least 2"),
+        ({"seed": -1}, r"seed: expected at least 0"),
+    ],
+)
+def test_a_wrong_configuration_cannot_be_built(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        QuantizeConfig(**{"model": "m"} | settings)
+
+
+def test_configuration_is_frozen_and_changed_by_copy() -> None:
+    config = QuantizeConfig(model="m")
+    with pytest.raises(AttributeError):
+        config.lr = 1.0  # type: ignore[misc]
+    assert config.changed(lr=1).lr == 1.0 and config.lr is None
+    with pytest.raises(BadOption, match="lr"):
+        config.changed(lr=-1.0)
+
+
+def test_counts() -> None:
+    assert [parse_count("n", text) for text in ("20M", "1.5k", "7", "1 B")] == [20_000_000, 1500, 7, 10**9]
+    assert QuantizeConfig(model="m", tokens="2k").tokens == 2000
+
+
+def test_methods_are_those_that_there_are() -> None:
+    from rcpconv.quantizers import METHODS as IMPLEMENTED
+
+    assert set(METHODS) == set(IMPLEMENTED)
+
+
+def test_toml_round_trip() -> None:
+    config = QuantizeConfig(
+        model='C:\\odd "path"\t\x7f ü',
+        data=("a.txt", "hf:x/y"),
+        tokens=5,
+        lr=1e-30,
+        betas=(0.5, 0.75),
+        r3=False,
+        eval_data="demo",
+        seed=2**63 - 1,
+    )
+    text = config.to_toml()
+    assert QuantizeConfig.from_mapping(tomllib.loads(text), "x") == config
+    assert config.to_toml() == text
+    plain = QuantizeConfig(model="m")
+    assert QuantizeConfig.from_mapping(tomllib.loads(plain.to_toml()), "x") == plain
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_name(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "m"\nlearning_rate = 1e-5\n')
+    with pytest.raises(BadOption, match=r"r\.toml: unknown key 'learning_rate'; did you mean"):
+        build_config(None, recipe, {})
+    recipe.write_text('model = "m"\ngrup-size = 64\n')
+    with pytest.raises(BadOption, match=r"unknown key 'grup-size'; did you mean 'group_size'"):
+        build_config(None, recipe, {})
+    recipe.write_text("group-size = 64\ngroup_size = 128\n")
+    with pytest.raises(BadOption, match=r"'group_size' is given twice"):
+        build_config("m", recipe, {})
+
+
+@pytest.mark.parametrize("content", [b"model = ", b"\xff\xfe", None])
+def test_a_recipe_that_is_no_toml(tmp_path: Path, content: bytes | None) -> None:
+    recipe = tmp_path / "r.toml"
+    if content is not None:
+        recipe.write_bytes(content)
+    with pytest.raises(BadOption, match=r"r\.toml: expected a TOML recipe"):
+        build_config("m", recipe, {})
+
+
+def test_command_line_beats_recipe_beats_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "other"\ngroup-size = 64\nlr = 1e-3\nseed = 5\n')
+    config = build_config("m", recipe, {"lr": 2e-3})
+    assert (config.model, config.group_size, config.lr, config.seed, config.a_bits) == ("m", 64, 2e-3, 5, 4)
+    assert build_config(None, recipe, {}).model == "other"
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(BadOption, match="model is missing"):
+        build_config(None, None, {})
+
+
+def test_the_demo_model_has_defaults_of_its_own(tmp_path: Path) -> None:
+    """They are the weakest; --steps replaces their tokens."""
+    known = demo_recipe()
+    assert {"data", "tokens"} <= known.keys()
+    config = build_config("demo", None, {"steps": 3})
+    assert (config.steps, config.tokens, list(config.data)) == (3, None, known["data"])
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("tokens = 1000\n")
+    assert build_config("demo", recipe, {}).tokens == 1000
+    assert build_config("demo", recipe, {"steps": 3}).tokens is None
+    assert build_config("other", None, {}).tokens is None
+
+
+def test_every_setting_is_described() -> None:
+    for name, option in OPTIONS.items():
+        assert option.help.endswith("."), name

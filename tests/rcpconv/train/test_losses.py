@@ -1,0 +1,90 @@
+"""Distillation losses against the formulas and against autograd, and the chunked head against the plain one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rcpconv.checkpoint import load_source
+from rcpconv.layers import ComputeOptions
+from rcpconv.prepare import original_decoder, prepare, student_decoder
+from rcpconv.train import losses
+from rcpconv.train.losses import UNKNOWN, Distillation, distill, teacher_confidence
+from rcpformat.architecture import Quantization
+from tiny_checkpoints import make_tiny_checkpoint
+from torch import Tensor
+
+
+def naive(kind: str, temperature: float, beta: float, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Sum over tokens, written as in the papers."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    teacher_first, student_first = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    squared = temperature**2
+    if kind == "kl":
+        return squared * teacher_first
+    if kind == "cakld":
+        return squared * (beta * student_first + (1 - beta) * teacher_first)
+    known = target != UNKNOWN
+    return 0.5 * squared * teacher_first + 0.5 * F.cross_entropy(student[known], target[known], reduction="sum")
+
+
+@pytest.mark.parametrize("kind", ["kl", "cakld", "mix"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_losses_and_their_gradients(kind: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(6, 11, generator=generator, dtype=torch.float64)).requires_grad_()
+    teacher = 3 * torch.randn(6, 11, generator=generator, dtype=torch.float64)
+    target = torch.tensor([0, 10, UNKNOWN, 4, 4, UNKNOWN])
+    expected = naive(kind, temperature, 0.3, student, teacher, target)
+    expected.backward()
+    loss, kl, gradient = Distillation(kind=kind, temperature=temperature, beta=0.3)(student.detach(), teacher, target)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert kl.item() == pytest.approx(naive("kl", temperature, 0, student, teacher, target).item(), rel=1e-10)
+    assert student.grad is not None and torch.allclose(gradient, student.grad, atol=1e-10)
+
+
+def test_equal_distributions_have_no_loss_and_no_gradient() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    for kind in ("kl", "cakld"):
+        loss, kl, gradient = Distillation(kind=kind)(logits, logits + 5, torch.full((4,), UNKNOWN))
+        assert loss.abs() < 1e-5 and kl.abs() < 1e-5 and gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["llama32", "llama_bias"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_head_in_chunks_gives_the_gradients_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bits: int
+) -> None:
+    """distill against autograd through the whole model, for one table and two."""
+    make_tiny_checkpoint(kind, tmp_path)
+    source = load_source(str(tmp_path))
+    quantization = Quantization(method="ldp", head_bits=bits, embed_bits=bits)
+    student = student_decoder(prepare(source, one_table=source.tied_embeddings), quantization, ComputeOptions())
+    teacher = original_decoder(source)
+    tokens = torch.randint(290, (2, 9), generator=torch.Generator().manual_seed(0))
+    teacher_logits = teacher(tokens).flatten(0, 1)
+    targets = F.pad(tokens[:, 1:], (0, 1), value=UNKNOWN).flatten()
+    expected = naive("mix", 1.0, 0.0, student(tokens).flatten(0, 1), teacher_logits, targets) / 18
+    (expected / 4).backward()
+    wanted = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad(set_to_none=True)
+    monkeypatch.setattr(losses, "CPU_CHUNK", 7 * 290)
+    loss, kl = distill(student, teacher, tokens, Distillation(kind="mix"), weight=1 / 4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kl.item() > 0
+    for name, parameter in student.named_parameters():
+        assert wanted[name] is not None and parameter.grad is not None, name
+        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5 * wanted[name].abs().max()), name
+    # The next call adds to the gradients, as accumulation needs.
+    before = student.head.weight.grad.clone()
+    distill(student, teacher, tokens, Distillation(kind="mix"), weight=1 / 4)
+    assert torch.allclose(student.head.weight.grad, 2 * before, rtol=1e-4, atol=1e-6)
+
+
+def test_teacher_confidence_is_the_mean_top_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_checkpoint("llama1", tmp_path)
+    teacher = original_decoder(load_source(str(tmp_path)))
+    batches = [torch.randint(290, (2, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    expected = torch.cat([teacher(tokens).softmax(-1).amax(-1) for tokens in batches]).mean().item()
+    monkeypatch.setattr(losses, "CPU_CHUNK", 3 * 290)
+    assert teacher_confidence(teacher, batches) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,221 @@
+"""Quantizers in training: the same numbers as rcpformat.arithmetic, as what is baked, and the gradients that were meant."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from rcpconv.quantizers import METHODS
+from rcpconv.quantizers.base import from_groups, to_groups
+from rcpconv.quantizers.functional import (
+    Quantized,
+    fake_quantize_kv,
+    integer_linear,
+    integer_product,
+    quantize_activations,
+)
+from rcpconv.quantizers.ldp import LDPQuantizer, assign
+from rcpconv.quantizers.tables import fake_quantize_rows, int8_rows
+from rcpformat import arithmetic, spec
+
+
+def tokens(seed: int) -> np.ndarray:
+    """Rows of many magnitudes, with an all-zero one, a tiny one, and outliers."""
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal((40, 96)) * 10.0 ** random.uniform(-6, 4, (40, 1))
+    rows[3] = 0
+    rows[4] *= 1e-35
+    rows[5, 0] = 1e4
+    rows[6] = np.abs(rows[6])
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize(("bits", "clip"), [*itertools.product((4, 8), (0.61, 0.9, 1.0))])
+def test_activation_codes_are_those_of_the_format(bits: int, clip: float) -> None:
+    x = tokens(bits)
+    expected_codes, expected_scale = arithmetic.quantize_activations(x, np.float32(clip), bits)
+    found = quantize_activations(torch.from_numpy(x), torch.tensor([clip]), bits)
+    assert np.array_equal(found.codes.numpy(), expected_codes)
+    assert np.array_equal(found.scale.numpy(), expected_scale)
+
+
+@pytest.mark.parametrize(("bits", "clip"), [*itertools.product((4, 8), (0.8, 0.95, 1.0))])
+def test_kv_values_are_those_of_the_format(bits: int, clip: float) -> None:
+    x = np.concatenate([tokens(bits), 1e6 * tokens(1)[:2], np.full((1, 96), 0.25, np.float32)])
+    expected = arithmetic.quantize_kv(x, np.float32(clip), bits).dequantize()
+    assert np.array_equal(fake_quantize_kv(torch.from_numpy(x), torch.tensor([clip]), bits).numpy(), expected)
+
+
+@pytest.mark.parametrize("columns", [96, 17_000])
+def test_linear_is_the_formats_exact_integer_product(columns: int) -> None:
+    random = np.random.default_rng(columns)
+    codes = random.integers(-8, 8, (5, columns)).astype(np.int8)
+    integers = random.integers(-127, 128, (7, columns)).astype(np.int8)
+    codes[0], integers[0] = -8, 127  # the largest sum there is
+    scale, row_scale = random.random((5, 1), np.float32), random.random(7, np.float32)
+    expected = arithmetic.scale_sums(arithmetic.integer_matmul(codes, integers), scale, row_scale)
+    quantized = Quantized(torch.from_numpy(codes).float(), torch.from_numpy(scale), 4)
+    found = integer_linear(quantized, torch.from_numpy(integers).float(), torch.from_numpy(row_scale), None, False)
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_long_products_are_split_and_stay_exact() -> None:
+    a, b = torch.full((1, 50_000), -128.0), torch.full((1, 50_000), 127.0)
+    assert integer_product(a, b, chunk=1000, half=False).item() == -128 * 127 * 50_000
+
+
+def test_activation_gradients() -> None:
+    """x gets the gradient inside the grid and none outside; the clip gets that of the scale (PACT-like)."""
+    x = torch.tensor([[1.0, -0.6, 0.3, 2.0]], requires_grad=True)
+    clip = torch.tensor([0.5], requires_grad=True)
+    codes, scale, _ = quantize_activations(x, clip, 4)
+    assert codes.tolist() == [[7, -4, 2, 7]]  # scale 1/7: 7, -4.2, 2.1, 14
+    (codes * scale * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
+    assert x.grad is not None and clip.grad is not None
+    assert torch.allclose(x.grad, torch.tensor([[1.0, 10.0, 100.0, 0.0]]))
+    # d(code · scale)/d scale = code − x / scale inside, code outside; d scale / d clip = 2 / 7.
+    inner = (7 - 7) * 1 + (-4 + 4.2) * 10 + (2 - 2.1) * 100 + 7 * 1000
+    assert clip.grad.item() == pytest.approx(inner * 2 / 7, rel=1e-5)
+
+
+def test_activation_clip_gradient_by_finite_differences() -> None:
+    """Where every value lies outside or on a code, the function is smooth in the clip."""
+    x = torch.tensor([[3.0, 3.0, -3.0, 0.0]])
+    clip = torch.tensor([0.7], requires_grad=True)
+    weight = torch.tensor([[1.0, 2.0, 5.0, 7.0]])
+
+    def value(c: torch.Tensor) -> torch.Tensor:
+        codes, scale, _ = quantize_activations(x, c, 4)
+        return (codes * scale * weight).sum()
+
+    value(clip).backward()
+    step = 1e-3
+    numeric = (value(clip.detach() + step) - value(clip.detach() - step)) / (2 * step)
+    assert clip.grad is not None
+    assert clip.grad.item() == pytest.approx(numeric.item(), rel=1e-3)
+
+
+def test_kv_gradient_passes_straight_through_inside_the_clip() -> None:
+    x = torch.tensor([[0.0, 0.4, 0.5, 1.0]], requires_grad=True)
+    clip = torch.tensor([0.7], requires_grad=True)
+    fake_quantize_kv(x, clip, 4).sum().backward()
+    assert x.grad is not None and clip.grad is not None
+    assert torch.allclose(x.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0]]), atol=1e-3)
+    assert clip.grad.item() > 0  # the value at the top follows the clip
+
+
+def weights(kind: str, rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(columns)
+    w = 0.05 * torch.randn(rows, columns, generator=generator)
+    match kind:
+        case "zero":
+            w.zero_()
+        case "constant":
+            w.fill_(0.25)
+        case "positive":
+            w.abs_()
+        case "negative":
+            w.abs_().neg_()
+        case "mixed":  # a row of each
+            w[0], w[1], w[2], w[3] = 0, -0.1, w[2].abs(), -w[3].abs()
+            w[4] *= 1e-20
+            w[5, :64] = 0
+    return w
+
+
+KINDS = ("normal", "zero", "constant", "positive", "negative", "mixed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "columns"), [*itertools.product(KINDS, (256, 172, 129, 5))])
+def test_what_is_baked_is_what_is_trained(method: str, kind: str, columns: int) -> None:
+    w = weights(kind, 12, columns)
+    for group_size in (64, 128):
+        quantizer = METHODS[method](12, columns, group_size)
+        quantizer.initialise(w)
+        with torch.no_grad():  # as after some training
+            for i, parameter in enumerate(quantizer.parameters()):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        integers, scale = quantizer(w)
+        baked = quantizer.bake(w)
+        assert torch.equal(baked.integers().float(), integers.detach())
+        assert torch.equal(baked.scale_N, scale)
+        assert torch.equal(baked.weights(), integers.detach() * scale[:, None])
+        assert baked.levels_NG4.shape == (12, spec.ceil_div(columns, group_size), 4)
+        assert bool((baked.levels_NG4[..., 1:] >= baked.levels_NG4[..., :-1]).all())
+        assert bool((scale >= spec.SMALLEST_SCALE).all()) and bool(scale.isfinite().all())
+
+
+def test_initial_levels_are_lloyd_max() -> None:
+    """For a Gaussian group the squared error is that of the best four levels, 0.1175 σ² (Max, 1960)."""
+    w = torch.randn(64, 128 * 8, generator=torch.Generator().manual_seed(0))
+    quantizer = LDPQuantizer(64, 128 * 8, 128)
+    quantizer.initialise(w)
+    error = (quantizer.bake(w).weights() - w).square().mean()
+    assert 0.10 < error.item() < 0.1175
+
+
+def test_importance_moves_the_initial_levels_to_the_important_channels() -> None:
+    w = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.where(torch.arange(128) < 16, 100.0, 1.0)
+    plain, weighted = LDPQuantizer(32, 128, 128), LDPQuantizer(32, 128, 128)
+    plain.initialise(w)
+    weighted.initialise(w, importance)
+    errors = [((q.bake(w).weights() - w).square() * importance).mean().item() for q in (plain, weighted)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("columns", [128, 172])
+def test_ldp_gradients_by_finite_differences(columns: int) -> None:
+    """Of clips and partitions, through fixed codes and unrounded levels: what straight-through rounding stands for."""
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(6, columns, generator=generator, dtype=torch.float64)
+    quantizer = LDPQuantizer(6, columns, 64).double()
+    quantizer.initialise(w)
+    quantizer.double()
+    downstream = torch.randn(6, columns, generator=generator, dtype=torch.float64)
+    integers, scale = quantizer(w)
+    (integers * downstream).sum().backward()
+    grouped = to_groups(w, 64)
+    codes = assign(grouped, quantizer.levels(grouped).detach()).long()
+
+    def value() -> float:
+        chosen = from_groups(torch.gather(quantizer.levels(grouped), 2, codes), columns)
+        return (chosen / scale[:, None] * downstream).sum().item()
+
+    step = 1e-5
+    for name, parameter in quantizer.named_parameters():
+        flat = parameter.data.view(-1)
+        assert parameter.grad is not None
+        for i in range(0, len(flat), 5):
+            before = flat[i].item()
+            flat[i] = before + step
+            above = value()
+            flat[i] = before - step
+            below = value()
+            flat[i] = before
+            numeric = (above - below) / (2 * step)
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-6), (name, i)
+
+
+def test_ldp_weight_gradient_is_straight_through_inside_the_clip_range() -> None:
+    w = torch.linspace(-1, 1, 64).repeat(2, 1).requires_grad_()
+    quantizer = LDPQuantizer(2, 64, 64)
+    with torch.no_grad():
+        quantizer.beta.fill_(0.0)  # σ = ½: lo = −½, hi = ½
+        quantizer.gamma.fill_(0.0)
+    integers, scale = quantizer(w)
+    (integers * scale[:, None]).sum().backward()
+    assert w.grad is not None
+    inside = w.detach().abs() <= 0.5
+    assert torch.allclose(w.grad, inside.float())
+
+
+def test_tables() -> None:
+    table = torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
+    table[4] = 0
+    integers, scale = int8_rows(table)
+    assert integers.abs().max() == 127 and torch.equal(integers, integers.round())
+    assert (integers * scale[:, None] - table).abs().max() <= scale.max() / 2 * 1.0001
+    assert torch.equal(fake_quantize_rows(table, 8), integers * scale[:, None])
+    assert torch.equal(fake_quantize_rows(table, 16), table.half().float())
