@@ -124,7 +124,7 @@ def bars(shares: Sequence[float]) -> str:
 
 
 def render(report: Mapping[str, Any], console: Console) -> None:
-    """Print what inspect_file found."""
+    """Print what inspect_file found. `bits` are bits a weight; `0–3` is how often each code is used."""
     console.print(f"[bold]{report['file']}[/bold]: {report['file_bytes']:,} bytes", highlight=False, soft_wrap=True)
     for title in ("architecture", "quantization", "tokenizer", "generation", "provenance"):
         table = Table(title=title, title_justify="left", show_header=False, box=None)
@@ -132,29 +132,32 @@ def render(report: Mapping[str, Any], console: Console) -> None:
             table.add_row(key, _short(value))
         if report[title]:
             console.print(table)
-    table = Table(title="2-bit linear layers", title_justify="left")
-    for heading in ("layer", "shape", "group", "bytes", "bits a weight", "codes 0–3", "levels −127…127", "row scales"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in ("bytes", "bits a weight") else "left")
+    table = _plain_table("2-bit linear layers", "layer", "shape", "bytes", "bits", "0–3", "levels −127…127")
     for linear in report["linears"]:
-        low, high = linear["scale_range"]
         table.add_row(
             linear["name"],
             "×".join(map(str, linear["shape"])),
-            str(linear["group_size"]),
             f"{linear['bytes']:,}",
             f"{linear['bits_per_weight']:.3f}",
             bars(linear["code_shares"]),
             bars(linear["level_shares"]),
-            f"{low:.1e}–{high:.1e}",
         )
     console.print(table)
-    table = Table("tensor", "dtype", "shape", "bytes", title="other tensors", title_justify="left")
+    table = _plain_table("other tensors", "tensor", "shape", "bytes", "dtype")
     for tensor in report["other_tensors"]:
-        table.add_row(tensor["name"], tensor["dtype"], "×".join(map(str, tensor["shape"])), f"{tensor['bytes']:,}")
+        table.add_row(tensor["name"], "×".join(map(str, tensor["shape"])), f"{tensor['bytes']:,}", tensor["dtype"])
     console.print(table)
     console.print(size_table(report["sizes"]))
 
 
+def _plain_table(title: str, *headings: str) -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("bytes", "bits") else "left")
+    return table
+
+
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+    text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)
+    return text if len(text) <= 400 else f"{text[:400]}… ({len(text)} characters)"

@@ -74,12 +74,12 @@ def test_export_takes_the_run_that_finished_last(finished: Run, work_folder: Pat
     assert run("export", "--run", "rcp-runs/b", "--out", "model.rcp", "--force").exit_code == 0
 
 
-def test_inspect_shows_everything_and_json_says_it_too(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+def test_inspect_shows_everything_and_json_says_it_too(finished: Run) -> None:
     assert run("export", "--run", str(finished.folder)).exit_code == 0
     text = run("inspect", "model.rcp").output
     for part in ("hidden_size", "ldp", "base_model", "layers.1.mlp.down", "bits a weight", "█", "rope.inv_freq"):
         assert part in text
+    assert "…\n" not in text, "nothing is cut off at 80 columns"
     report = json.loads(run("inspect", "model.rcp", "--json").output)
     assert report["architecture"]["num_layers"] == 2
     assert report["sizes"]["bits_per_linear_weight"] > 2
