@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,8 @@ class Evaluation:
     window: int
     tokens: int
     """Scored ones: the first of each window is not."""
-    models: list[ModelResult] = field(default_factory=list)
-    agreement: dict[str, Difference] = field(default_factory=dict)
+    models: list[ModelResult]
+    agreement: dict[str, Difference]
     """By "runtime vs. torch float32" and "torch float32 vs. torch float64"."""
 
 
@@ -142,12 +142,13 @@ class Runtime:
                 errors.open("w+") as stderr,
                 subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
             ):
+                assert child.stdout is not None
                 try:
-                    assert child.stdout is not None
                     for line in child.stdout:
                         yield json.loads(line)
-                finally:
-                    child.terminate()  # does nothing to a child that has ended
+                except BaseException:  # also when nobody asks for the next line
+                    child.terminate()
+                    raise
             if child.returncode:
                 reason = errors.read_text().strip() or f"exit code {child.returncode}"
                 raise EvaluationFailed(f"{self.path}: rcp-run could not score it: {reason}")
@@ -163,19 +164,14 @@ class Runtime:
         return math.exp(-total / count)
 
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
-        """(T, V) for each window, from a temporary file of at most LOGIT_FILE_BYTES or one window."""
+        """(T, V) for each window, by way of temporary files of LOGIT_FILE_BYTES, or of one window if that is more."""
         with RcpFile.open(self.path) as file:
-            row_bytes = 4 * file.architecture.vocab_size
-        group: list[Sequence[int]] = []
-        size = 0
-        for window in [*windows, None]:
-            if group and (window is None or size + len(window) * row_bytes > LOGIT_FILE_BYTES):
-                yield from self._group_logits(group)
-                group, size = [], 0
-            if window is not None:
-                group, size = [*group, window], size + len(window) * row_bytes
+            window_bytes = 4 * file.architecture.vocab_size * max(map(len, windows))
+        at_a_time = max(1, LOGIT_FILE_BYTES // window_bytes)
+        for start in range(0, len(windows), at_a_time):
+            yield from self._logits_of_some(windows[start : start + at_a_time])
 
-    def _group_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+    def _logits_of_some(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
         with tempfile.TemporaryDirectory(prefix="rcpconv-logits-") as folder:
             path = Path(folder, "logits.npy")
             list(self.score(windows, "--logits", str(path)))
