@@ -23,6 +23,7 @@ from rcpconv.quantizers.functional import (
     quantize_activations,
 )
 from rcpconv.quantizers.tables import fake_quantize_rows, int8_rows
+from rcpformat.spec import SMALLEST_CLIP
 
 
 @dataclass
@@ -122,7 +123,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def clip(self) -> Tensor:
         """(1,) float32."""
-        return torch.sigmoid(self.clip_logit)
+        return torch.sigmoid(self.clip_logit).clamp(min=SMALLEST_CLIP)
 
     def forward(self, x: Tensor) -> Quantized:
         """(..., K) float32 -> codes and scales."""
@@ -140,7 +141,7 @@ class KVQuantizer(nn.Module):
     @property
     def clip(self) -> Tensor:
         """(1,) float32."""
-        return torch.sigmoid(self.clip_logit)
+        return torch.sigmoid(self.clip_logit).clamp(min=SMALLEST_CLIP)
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         """Quantized and read back, float32."""

@@ -35,6 +35,7 @@ from rcpconv.train.tokens import Sequences
 
 CONFIDENCE_BATCHES = 4
 """How many batches CAKLD's beta is measured on, before the first update."""
+_PLOT_SECONDS = 60
 _SMOOTHING = 0.9
 _EXPLODED = (2.0, 1.0)
 """The smoothed loss has exploded when it exceeds its lowest value times the first plus the second (nats)."""
@@ -130,7 +131,7 @@ class Trainer:
                 for layer in model.layers:
                     layer.compile()
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
-        rate, loss = Rate(), self._loss()
+        rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
         try:
             with LiveProgress(self.console, self.steps, counters.step) as progress, _catching_signals() as caught:
@@ -151,7 +152,9 @@ class Trainer:
                     paused = time.perf_counter()
                     if not last and (caught or (c.checkpoint_every and counters.step % c.checkpoint_every == 0)):
                         self._save(metrics)
-                        self._plot()
+                        if paused - plotted > _PLOT_SECONDS:
+                            self._plot()
+                            plotted = paused
                         rate.skip(paused)
                     if not last and caught:
                         raise Interrupted(caught[0])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rcpconv.config import METHODS, OPTIONS, QuantizeConfig, build_config, demo_recipe, parse_count
 from rcpconv.errors import BadOption
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from rcpconv.checkpoint import load_source
 from rcpconv.layers import ComputeOptions
 from rcpconv.prepare import original_decoder, prepare, student_decoder
@@ -12,7 +14,6 @@ from rcpconv.train import losses
 from rcpconv.train.losses import UNKNOWN, Distillation, distill, teacher_confidence
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
-from torch import Tensor
 
 
 def naive(kind: str, temperature: float, beta: float, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
 from rcpconv.layers import ComputeOptions

@@ -1,10 +1,11 @@
-"""Quantizers in training: the same numbers as rcpformat.arithmetic, as what is baked, and the gradients that were meant."""
+"""Quantizers in training: the numbers of rcpformat.arithmetic, those that are baked, and the gradients meant."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+
 from rcpconv.quantizers import METHODS
 from rcpconv.quantizers.base import from_groups, to_groups
 from rcpconv.quantizers.functional import (

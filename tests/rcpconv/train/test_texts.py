@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rcpconv.errors import BadTrainingData
 from rcpconv.train import texts
 from rcpconv.train.texts import Piece, pieces, read_source, split_documents

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from rcpconv.errors import BadTrainingData
 from rcpconv.train import tokens
 from rcpconv.train.texts import Piece, pieces

@@ -1,0 +1,323 @@
+"""`rcpconv quantize` from checkpoint to finished run: what it leaves, interruption, resumption, refusals."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from rcpconv.baking import baked_decoder
+from rcpconv.cli import main
+from rcpconv.errors import BadRun, BadTrainingData, RunNotFound, TrainingDiverged
+from rcpconv.evaluate import torch_perplexity
+from rcpconv.prepare import original_decoder
+from rcpconv.quantize import NEWEST, quantize
+from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
+from rcpconv.train.progress import read_metrics
+from rcpformat import spec
+
+STEPS = 20
+SETTINGS: dict[str, Any] = {
+    "seq_len": 24,
+    "batch_size": 2,
+    "grad_accum": 2,
+    "steps": STEPS,
+    "lr": 1e-3,
+    "log_every": 1,
+    "checkpoint_every": 4,
+    "device": "cpu",
+}
+
+
+def in_child(action: Callable[[], int], output: Path) -> int:
+    """Fork, run the action with its output in a file, and return the child's process id; its exit code is the action's.
+
+    Forking saves the import of torch, which takes seconds.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        with output.open("a") as sys.stdout, redirect_stderr(sys.stdout):
+            code = action()
+    finally:
+        os._exit(code)
+
+
+def train(checkpoint: Path, text: Path, out: Path, **settings: Any) -> Run:
+    run = quantize(
+        str(checkpoint),
+        SETTINGS | {"data": (str(text),)} | settings,
+        out=out,
+        runs=out.parent,
+        console=Console(quiet=True),
+    )
+    assert run is not None
+    return run
+
+
+def resume(folder: Path, **settings: Any) -> Run:
+    run = quantize(None, settings, resume=str(folder), runs=folder.parent, console=Console(quiet=True))
+    assert run is not None
+    return run
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def assert_same_result(run: Run, reference: Run) -> None:
+    for name in ("baked.safetensors", "weights.sha256.json", "tokens/train.npy"):
+        assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes(), name
+    assert metrics(run.folder) == metrics(reference.folder)
+    assert run.evaluation == reference.evaluation
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run."""
+    return train(
+        checkpoint,
+        text,
+        tmp_path_factory.mktemp("runs") / "reference",
+        eval_data=str(text),
+        max_eval_tokens=1000,
+        eval_every=8,
+    )
+
+
+def test_what_a_run_leaves(reference: Run, checkpoint: Path) -> None:
+    assert {path.name for path in reference.folder.iterdir()} == {
+        *(".lock", "run.json", "recipe.toml", "tokenizer.json", "tokens", "checkpoints"),
+        *("metrics.jsonl", "loss.png", "baked.safetensors", "weights.sha256.json"),
+    }
+    assert list((reference.folder / "checkpoints").iterdir()) == []
+    run = Run.open(reference.folder)
+    assert run.status == FINISHED and run.record["finished"] > run.record["created"]
+    assert run.architecture.tied_table and run.record["model"] == str(checkpoint)
+    assert set(run.tensor_names()) == spec.expected_tensors(run.architecture, run.quantization).keys() - {
+        "tokenizer.json"
+    }
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    config = run.config
+    assert (config.tables, config.precision, config.device, config.quantizer_lr) == ("one", "fp32", "cpu", 1e-2)
+    lines = metrics(run.folder)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["tokens"] == STEPS * 2 * 2 * 24
+    assert [line["step"] for line in lines if "perplexity" in line] == [8, 16]
+
+
+def test_training_lowers_the_divergence(reference: Run) -> None:
+    lines = metrics(reference.folder)
+    assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
+    perplexity = reference.evaluation["perplexity"]
+    measured = [line["perplexity"] for line in lines if "perplexity" in line]
+    assert measured[0] > measured[1] > 0 and perplexity["original"] > 0
+
+
+def test_the_baked_model_is_the_trained_one(reference: Run, text: Path) -> None:
+    """The perplexity measured on the student is that of the model made from its baked tensors."""
+    from rcpconv.evaluate import cut, tokenize
+
+    windows = cut(tokenize(reference.tokenizer_json, text.read_text()), reference.evaluation["window"], 1000)
+    decoder = baked_decoder(reference.architecture, reference.quantization, reference.tensor)
+    assert reference.evaluation["tokens"] == sum(len(window) - 1 for window in windows)
+    assert torch_perplexity(decoder, windows, "") == pytest.approx(
+        reference.evaluation["perplexity"]["fake-quant"], rel=1e-5
+    )
+
+
+def wait_for_line(folder: Path, count: int, child: int) -> None:
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child ended early"
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_same_weights(
+    reference: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, chance = tmp_path / "killed", random.Random(0)
+
+    def begin() -> int:
+        train(checkpoint, text, folder, eval_data=str(text), max_eval_tokens=1000, eval_every=8)
+        return 0
+
+    def go_on() -> int:
+        resume(folder)
+        return 0
+
+    for action, lines in ((begin, 2), (go_on, 7), (go_on, 7), (go_on, 14)):
+        child = in_child(action, tmp_path / "log")
+        wait_for_line(folder, lines, child)
+        time.sleep(chance.random() * 0.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert Run.open(folder).status == RUNNING
+    assert_same_result(resume(folder), reference)
+
+
+def test_ctrl_c_saves_exits_130_and_says_how_to_go_on(
+    reference: Run, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, log = tmp_path / "stopped", tmp_path / "log"
+    settings = SETTINGS | {
+        "eval_data": str(text),
+        "max_eval_tokens": 1000,
+        "eval_every": 8,
+        "checkpoint_every": 0,
+        "data": str(text),
+    }
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+    def command() -> int:
+        try:
+            main(["quantize", str(checkpoint), *options, "--out", str(folder)])
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 98
+
+    child = in_child(command, log)
+    wait_for_line(folder, 5, child)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    done = len(metrics(folder))
+    assert 5 <= done < STEPS
+    assert f"Stopped after step {done} of {STEPS}; everything is saved." in log.read_text()
+    assert f"rcpconv quantize --resume {folder}" in log.read_text()
+    assert f"step {done}/{STEPS}  loss" in log.read_text()  # plain lines, for it is no terminal
+    assert_same_result(resume(folder, checkpoint_every=3), reference)
+
+
+@pytest.fixture
+def interrupted(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run that ended at once, as if killed."""
+    monkeypatch.setattr("rcpconv.train.loop.Trainer.train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint, text, tmp_path / "runs" / "a")
+    monkeypatch.undo()
+    return Run.open(tmp_path / "runs" / "a")
+
+
+def test_a_changed_setting_is_refused_by_name(interrupted: Run, tmp_path: Path) -> None:
+    with pytest.raises(BadRun, match=r"lr: the run was started with 0\.001, now it is 0\.002; resume it unchanged"):
+        resume(interrupted.folder, lr=0.002)
+    with pytest.raises(BadRun, match=r"model: the run was started with"):
+        quantize("demo", {}, resume=str(interrupted.folder))
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("group_size = 64\n")
+    with pytest.raises(BadRun, match=r"group_size: the run was started with 128, now it is 64"):
+        quantize(None, {}, recipe=recipe, resume=str(interrupted.folder))
+
+
+def test_the_newest_unfinished_run_is_resumed_with_its_own_settings_repeated(interrupted: Run) -> None:
+    run = quantize(None, {"lr": 1e-3, "log_every": 5}, resume=NEWEST, runs=interrupted.folder.parent)
+    assert run is not None and run.status == FINISHED and run.folder == interrupted.folder
+    assert [line["step"] for line in metrics(run.folder)] == [5, 10, 15, 20]
+    with pytest.raises(BadRun, match=r"already finished; export it with: rcpconv export --run"):
+        resume(run.folder)
+    with pytest.raises(RunNotFound, match="no unfinished run"):
+        quantize(None, {}, resume=NEWEST, runs=interrupted.folder.parent)
+
+
+def test_a_run_in_use_is_refused(interrupted: Run) -> None:
+    with locked(interrupted), pytest.raises(BadRun, match="another process is training"):
+        resume(interrupted.folder)
+
+
+def test_a_checkpoint_that_was_exchanged_is_refused(interrupted: Run) -> None:
+    interrupted.update(architecture=interrupted.architecture.to_json() | {"num_layers": 7})
+    with pytest.raises(BadRun, match=r"no longer the checkpoint that this run began with"):
+        resume(interrupted.folder)
+
+
+def test_divergence_stops_with_step_place_and_remedy(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"step \d+: .* Try --lr 3\.3e\+01 \(now 1\.0e\+02\)") as found:
+        train(checkpoint, text, tmp_path / "a", lr=100.0, warmup=0.0, checkpoint_every=1)
+    run = Run.open(tmp_path / "a")
+    assert run.status == FAILED and run.record["reason"] == str(found.value)
+    assert not (run.folder / "baked.safetensors").exists()
+
+
+def test_loss_that_is_not_finite_names_the_first_layer(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of one layer are spoilt in the fifth step; the checkpoint before it stays."""
+    from rcpconv.train import loop
+
+    plain, calls = loop.distill, []
+
+    def spoiling(student: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 * 5:
+            student.layers[1].mlp.gate.weight.data[0, 0] = float("nan")
+        return plain(student, *arguments)
+
+    monkeypatch.setattr(loop, "distill", spoiling)
+    with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite \(parameter layers\.1\.mlp\.gate\.weight\)"):
+        train(checkpoint, text, tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-0000004.pt"]
+    monkeypatch.undo()
+    assert resume(tmp_path / "a").status == FINISHED
+
+
+def test_gradient_that_is_not_finite_names_the_layer(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    from rcpconv.train import loop
+
+    run = Run.open(train(checkpoint, text, tmp_path / "a", steps=1).folder)
+    student = original_decoder(run.source()).requires_grad_(True)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    student.layers[0].attn.k.weight.grad[0, 0] = float("inf")
+    assert loop.first_not_finite(student, tokens) == "first in the gradient of layers.0.attn.k.weight"
+    student.layers[1].attn_norm.gain.data *= 1e38
+    assert loop.first_not_finite(student, tokens).startswith("first in the output of layers.1.attn")
+
+
+def test_text_sampled_from_the_model_itself(checkpoint: Path, tmp_path: Path) -> None:
+    run = quantize(str(checkpoint), SETTINGS | {"data": ("self",), "steps": 2}, out=tmp_path / "a")
+    assert run is not None
+    tokens = np.load(run.folder / "tokens" / "train.npy")
+    assert len(tokens) == 2 * 2 * 2 * 24 and tokens[0] == run.tokenizer.bos_id
+    assert len(set(tokens.tolist())) > 20
+
+
+def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Two tables, other widths, no rotations, 16-bit tables, every loss, checkpointing, accumulation."""
+    shapes: list[dict[str, Any]] = [
+        {"tables": "two", "head_bits": 16, "group_size": 64, "loss": "kl", "grad_checkpointing": "on"},
+        {"r1": False, "r2": False, "r3": False, "r4": False, "embed_bits": 16, "head_bits": 16, "loss": "mix"},
+        {"a_bits": 8, "kv_bits": 8, "grad_accum": 1, "temperature": 2.0, "weight_decay": 0.1},
+    ]
+    for i, settings in enumerate(shapes):
+        run = train(checkpoint, text, tmp_path / str(i), steps=2, **settings)
+        assert set(run.tensor_names()) == spec.expected_tensors(run.architecture, run.quantization).keys() - {
+            "tokenizer.json"
+        }
+
+
+def test_texts_that_will_not_do(checkpoint: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(BadTrainingData, match="one sequence takes 24"):
+        train(checkpoint, short, tmp_path / "a")
+    with pytest.raises(BadTrainingData, match=r"eval_data: nowhere\.txt: expected a text file"):
+        train(checkpoint, short, tmp_path / "b", eval_data="nowhere.txt")
+
+
+def test_metrics_are_json_lines(reference: Run) -> None:
+    line = json.loads((reference.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line.keys() == {"step", "tokens", "loss", "kl", "grad_norm", "lr", "tokens_per_second"}
