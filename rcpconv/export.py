@@ -70,7 +70,7 @@ def _source(run: Run, name: str) -> Any:
 
 def check_lossless(path: Path, run: Run) -> None:
     """Raise ExportMismatch unless the file at `path` holds exactly what the run trained."""
-    with RcpFile.open(path) as file:
+    with RcpFile.open(path, verify=True) as file:
         linears = spec.linear_names(file.architecture)
         if missing := sorted(set(linears) ^ set(run.weight_hashes)):
             raise ExportMismatch(

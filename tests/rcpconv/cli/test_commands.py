@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def test_ctrl_c_ends_eval_and_its_child_without_a_traceback(finished: Run, work_
     )
     children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
     while child.poll() is None and not children.read_text().split():
-        pass
+        time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
     output, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
