@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _public(text: str) -> str:
     return text if text.startswith(HUB_PREFIX) else Path(text).name
 
 
-def _source(run: Run, name: str) -> Any:
+def _source(run: Run, name: str) -> Callable[[], NDArray[Any]]:
     if name == spec.TOKENIZER:
         return lambda: np.frombuffer(run.tokenizer_json, dtype=np.uint8)
     return lambda: run.tensor(name)
