@@ -69,9 +69,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Configuration keys that change what a model computes, with the values under which they do not."""
 
 
-def check_hf_config(path: Path) -> None:
-    """Raise the ConversionError that config.json alone gives cause for, before any weights are fetched."""
-    _read_config(path)
+def outline_hf(folder: Path, layout: Layout) -> tuple[Architecture, bool]:
+    """(architecture, whether the embeddings may be tied) by config.json alone, before any weights are fetched.
+
+    Raises the ConversionError that config.json gives cause for.
+    """
+    architecture, _, may_tie = _read_config(folder / layout.config)
+    return architecture, may_tie
 
 
 def read_hf_weights(folder: Path, layout: Layout) -> Weights:

@@ -43,44 +43,40 @@ _CONTEXT_BY_THETA = {1e4: 4096, 5e5: 8192, 1e6: 16384}
 """RoPE base -> context length: LLaMA-2, LLaMA-3, CodeLlama."""
 
 
+_UNSTATED_VOCABULARY = 32000
+"""Of LLaMA-1 and 2, whose params.json does not state it."""
+
+
+def outline_meta(folder: Path) -> tuple[Architecture, bool]:
+    """(architecture, False) by params.json alone, before any weights are fetched; the vocabulary may differ a little.
+
+    Raises the ConversionError that params.json gives cause for.
+    """
+    params, where = _read_params(folder)
+    dim = _integer(params, "dim", where)
+    vocabulary = _vocabulary(params, where) or _UNSTATED_VOCABULARY
+    return _architecture(params, vocabulary, _ffn_size(params, dim) or 8 * dim // 3, where), False
+
+
 def read_meta_weights(folder: Path) -> Weights:
     """Read params.json and open the consolidated files of a folder in Meta's layout.
 
     Raises a ConversionError that says what is wrong with the parameters or the files.
     """
-    params = read_json(folder / META.config)
-    where = str(folder / META.config)
-    if unknown := sorted(set(params) - _KNOWN_PARAMETERS):
-        raise UnsupportedArchitecture(
-            f"{where}: {unknown}: not part of a LLaMA 1, 2 or 3 text model, and may change what the model computes; "
-            "use the checkpoint in Hugging Face's layout if there is one"
-        )
-    for key, value in params.items():
-        if isinstance(value, str | list | dict):
-            raise BadConfig(f"{where}: {key}: expected a number, found {value!r}")
-    dim, heads, layers = (_integer(params, key, where) for key in ("dim", "n_heads", "n_layers"))
-    kv_heads = heads if params.get("n_kv_heads") is None else _integer(params, "n_kv_heads", where)
+    params, where = _read_params(folder)
+    dim = _integer(params, "dim", where)
     stored = _join_ranks(_open_ranks(folder), dim, where)
     for name in (_EMBEDDING, _FIRST_GATE):
         if name not in stored:
             raise MissingTensor(f"{folder}: the weights lack {name}; download the checkpoint again")
     tied = _is_tied(stored)
+    architecture = _architecture(
+        params,
+        _checked(stored[_EMBEDDING].shape[0], _vocabulary(params, where), "vocab_size", where),
+        _checked(stored[_FIRST_GATE].shape[0], _ffn_size(params, dim), "FFN width", where),
+        where,
+    )
     rope = _rope_parameters(params, tied)
-    try:
-        architecture = Architecture(
-            model_type="llama",
-            vocab_size=_checked(stored[_EMBEDDING].shape[0], _vocabulary(params, where), "vocab_size", where),
-            hidden_size=dim,
-            intermediate_size=_checked(stored[_FIRST_GATE].shape[0], _ffn_size(params, dim), "FFN width", where),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=dim // heads,
-            rms_norm_eps=params.get("norm_eps", 1e-5),
-            max_position_embeddings=_context_length(params),
-        )
-    except BadMetadata as error:
-        raise BadConfig(f"{where}: {error}") from error
     inv_freq, _ = rope_frequencies(rope, architecture.head_dim, architecture.max_position_embeddings)
     for name, tensor in stored.items():
         if (
@@ -96,6 +92,41 @@ def read_meta_weights(folder: Path) -> Weights:
         str(folder),
     )
     return Weights(architecture=architecture, tied_embeddings=tied, inv_freq=inv_freq, tensors=tensors)
+
+
+def _read_params(folder: Path) -> tuple[dict[str, Any], str]:
+    """(the checked params.json, its path)."""
+    params = read_json(folder / META.config)
+    where = str(folder / META.config)
+    if unknown := sorted(set(params) - _KNOWN_PARAMETERS):
+        raise UnsupportedArchitecture(
+            f"{where}: {unknown}: not part of a LLaMA 1, 2 or 3 text model, and may change what the model computes; "
+            "use the checkpoint in Hugging Face's layout if there is one"
+        )
+    for key, value in params.items():
+        if isinstance(value, str | list | dict):
+            raise BadConfig(f"{where}: {key}: expected a number, found {value!r}")
+    return params, where
+
+
+def _architecture(params: Mapping[str, Any], vocabulary: int, ffn_size: int, where: str) -> Architecture:
+    dim, heads, layers = (_integer(params, key, where) for key in ("dim", "n_heads", "n_layers"))
+    kv_heads = heads if params.get("n_kv_heads") is None else _integer(params, "n_kv_heads", where)
+    try:
+        return Architecture(
+            model_type="llama",
+            vocab_size=vocabulary,
+            hidden_size=dim,
+            intermediate_size=ffn_size,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim // heads,
+            rms_norm_eps=params.get("norm_eps", 1e-5),
+            max_position_embeddings=_context_length(params),
+        )
+    except BadMetadata as error:
+        raise BadConfig(f"{where}: {error}") from error
 
 
 def meta_name(name: str) -> str:

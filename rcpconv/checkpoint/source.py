@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rcpconv.checkpoint.download import download_checkpoint
-from rcpconv.checkpoint.hf import check_hf_config, read_hf_weights
+from rcpconv.checkpoint.hf import outline_hf, read_hf_weights
 from rcpconv.checkpoint.layout import META, Layout, Weights, choose_layout, read_json, read_optional_json
-from rcpconv.checkpoint.meta import read_meta_weights
+from rcpconv.checkpoint.meta import outline_meta, read_meta_weights
 from rcpconv.checkpoint.tensors import TensorStore
 from rcpconv.checkpoint.tokenizer import TokenizerFiles, read_hf_tokenizer, read_meta_tokenizer
 from rcpconv.errors import CheckpointNotFound, UnsupportedFormat
@@ -50,14 +50,20 @@ class SourceModel:
     """JSON values for the file's metadata: base_model, revision, license, layout, dtype, parameters."""
 
 
-def load_source(model: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> SourceModel:
+Judge = Callable[[Architecture, bool], None]
+"""Sees the architecture of a Hub model, and whether its embeddings may be tied, before its weights are fetched."""
+
+
+def load_source(
+    model: str, *, revision: str | None = None, cache_dir: str | Path | None = None, judge: Judge | None = None
+) -> SourceModel:
     """Find a checkpoint and open it; the weights stay on disk until they are asked for.
 
     model: "demo" (the bundled model; write ./demo for a folder of that name), a local folder, or a Hub id "org/name",
-    downloaded to cache_dir (default: the Hub's cache) at a revision (branch, tag or commit).
+    downloaded to cache_dir (default: the Hub's cache) at a revision (branch, tag or commit), unless `judge` raises.
     Raises ConversionError with the remedy for whatever cannot be loaded.
     """
-    folder, commit = _find(model, revision, cache_dir)
+    folder, commit = _find(model, revision, cache_dir, judge)
     layout = choose_layout([path.name for path in folder.iterdir()], str(folder))
     if layout is META:
         weights = read_meta_weights(folder)
@@ -79,7 +85,9 @@ def load_source(model: str, *, revision: str | None = None, cache_dir: str | Pat
     )
 
 
-def _find(model: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
+def _find(
+    model: str, revision: str | None, cache_dir: str | Path | None, judge: Judge | None
+) -> tuple[Path, str | None]:
     """(folder, commit if it came from the Hub) of a checkpoint."""
     if model == DEMO:
         return Path(str(resources.files("rcpconv") / "demo" / "model")), None
@@ -92,13 +100,14 @@ def _find(model: str, revision: str | None, cache_dir: str | Path | None) -> tup
         raise CheckpointNotFound(f"{model}: a file; give the folder that holds the checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise CheckpointNotFound(f"{model}: no such folder; give a folder, a Hub id such as org/name, or {DEMO!r}")
-    folder = download_checkpoint(model, revision=revision, cache_dir=cache_dir, check=_check_config)
+
+    def check(folder: Path, layout: Layout) -> None:
+        architecture, tied = outline_meta(folder) if layout is META else outline_hf(folder, layout)
+        if judge is not None:
+            judge(architecture, tied)
+
+    folder = download_checkpoint(model, revision=revision, cache_dir=cache_dir, check=check)
     return folder, folder.name
-
-
-def _check_config(folder: Path, layout: Layout) -> None:
-    if layout is not META:
-        check_hf_config(folder / layout.config)
 
 
 _SAMPLING: dict[str, tuple[str, type[int] | type[float], float, float]] = {
