@@ -23,6 +23,31 @@ LARGEST_HALF = float(arithmetic.LARGEST_HALF)
 ZERO_TOKEN = float(arithmetic.ZERO_TOKEN)
 
 
+# Two operators that torch.compile has to take as they are. Inductor merges a cast to float16 and back into nothing, and
+# (torch 2.11) gives zeros for the gradient of a product with out_dtype inside an autograd.Function.
+
+
+@torch.library.custom_op("rcpconv::to_half", mutates_args=())
+def _to_half(x: Tensor) -> Tensor:
+    return x.to(torch.float16)
+
+
+@_to_half.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float16)
+
+
+@torch.library.custom_op("rcpconv::bf16_product", mutates_args=())
+def _bf16_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """bfloat16 operands, float32 sums (M, N). CUDA only."""
+    return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+
+
+@_bf16_product.register_fake
+def _(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=torch.float32)
+
+
 class _RoundSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -36,7 +61,7 @@ class _RoundSTE(torch.autograd.Function):
 class _HalfSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.to(torch.float16).to(x.dtype)
+        return _to_half(x).to(x.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -112,7 +137,7 @@ def exact_chunk(largest_product: int) -> int:
 
 def _integer_mm(a_MK: Tensor, b_KN: Tensor, *, half: bool) -> Tensor:
     if half:
-        return torch.mm(a_MK.to(torch.bfloat16), b_KN.to(torch.bfloat16), out_dtype=torch.float32)
+        return _bf16_product(a_MK.to(torch.bfloat16), b_KN.to(torch.bfloat16))  # type: ignore[no-any-return]
     return torch.mm(a_MK.float(), b_KN.float())
 
 
