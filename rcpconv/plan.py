@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,14 +39,15 @@ _QUANTIZER_PARAMETERS = 4
 """Of each group: beta, gamma, s1, s2."""
 _OPTIMIZER_STATES = 2
 
-# Measured (docs/log.md): share of the matmul rate that a whole training step reaches, and what quantizing a weight,
-# forward and backward, costs beside it, for each batch.
+# Share of the matmul rate that a training step reaches; what a batch costs beside it, for each weight that is quantized
+# (forward and backward) and for launching each layer's operations.
 _EFFICIENCY = {"cpu": 0.55, "cuda": 0.35}
 _SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
+_SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1.5e-3}
 
-# Bytes of activations that the backward pass of one decoder layer needs, per token: for each channel of the residual
-# stream, of the attention and of the MLP. Measured with saved-tensor hooks (tests/rcpconv/train/test_plan.py).
-_SAVED = {"hidden": 30.0, "attention": 60.0, "intermediate": 60.0}
+_SAVED_HIDDEN, _SAVED_ATTENTION, _SAVED_KV, _SAVED_MLP = 26, 17, 33, 21
+"""Bytes that the backward pass of a layer keeps of a token: for each channel of the residual stream, of the queries, of
+keys and values together, and of the MLP. Measured with saved-tensor hooks, as tests/rcpconv/train/test_plan.py does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,20 +144,25 @@ class Plan:
         return sum(self.memory.values())
 
     def shortages(self, folder: Path) -> list[str]:
-        """Why this machine will not do; empty when it will. folder: where runs go."""
+        """Why this machine will not do, each with its remedy; empty when it will. folder: where runs go."""
+        c, m = self.config, self.machine
         found = []
-        m = self.machine
         if self.memory_bytes > _USABLE_MEMORY * m.memory_bytes:
-            found.append(f"{_gb(m.memory_bytes)} of memory are free, about {_gb(self.memory_bytes)} are needed")
+            found.append(f"{size(m.memory_bytes)} of memory are free, about {size(self.memory_bytes)} are needed")
         if m.kind == "cpu" and self.seconds > CPU_SECONDS:
-            found.append(f"the training would take about {duration(self.seconds)} on it")
+            found.append(f"the training would take about {duration(self.seconds)}")
+        if found:
+            remedy = "use a smaller model, or less text (--tokens, --seq-len)"
+            found = [
+                f"{'; '.join(found)}: use a CUDA GPU with {size(self.least_gpu_bytes())} of free memory, or {remedy}"
+            ]
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         disk = shutil.disk_usage(existing).free
-        kept = self.config.keep_checkpoints + 1 if self.config.checkpoint_every else 1
+        kept = c.keep_checkpoints + 1 if c.checkpoint_every else 1
         if self.checkpoint_bytes * kept > disk:
             found.append(
-                f"{_gb(disk)} of disk are free in {existing}, {kept} checkpoints need "
-                f"{_gb(self.checkpoint_bytes * kept)} (--keep-checkpoints 1 keeps fewer, --checkpoint-every 0 none)"
+                f"{size(disk)} of disk are free in {existing}, {kept} checkpoints take "
+                f"{size(self.checkpoint_bytes * kept)}: use --keep-checkpoints 1, or --checkpoint-every 0 for none"
             )
         return found
 
@@ -165,12 +170,16 @@ class Plan:
         """Raises NotEnoughMachine with the estimate and the remedies when this machine will not do."""
         shortages = self.shortages(folder)
         if shortages:
-            gpu = max(1.1 * self.memory_bytes, 1e9)
             raise NotEnoughMachine(
                 f"{self.config.model}: not on this machine ({self.machine.name}): {'; '.join(shortages)}. "
-                f"Run it where a CUDA GPU with {_gb(gpu)} is free, or train less (--tokens, --seq-len, a smaller "
-                "model), or start it all the same with --force"
+                "Or start it all the same with --force"
             )
+
+    def least_gpu_bytes(self) -> int:
+        """Memory that a GPU needs for this training, one sequence at a time."""
+        config = self.config.changed(batch_size=1, grad_checkpointing="on", precision="bf16")
+        gpu = replace(self.machine, device="cuda:0")
+        return round(sum(_memory(config, self.architecture, self.quantization, gpu).values()) / _USABLE_MEMORY)
 
     def show(self, console: Console) -> None:
         """Print the whole plan as tables."""
@@ -183,10 +192,10 @@ class Plan:
         c, m, s = self.config, self.machine, self.sizes
         tokens = self.steps * self.tokens_per_step
         for line in (
-            f"file      {_gb(s.total_bytes)}, from {_gb(s.fp16_bytes)} in FP16: {s.ratio:.2f}× smaller, "
+            f"file      {size(s.total_bytes)}, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× smaller, "
             f"{s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
-            f"machine   {m.name}, {_gb(m.memory_bytes)} free, {m.flops / 1e12:.3g} TFLOP/s; training takes about "
-            f"{_gb(self.memory_bytes)}, a checkpoint {_gb(self.checkpoint_bytes)} of disk",
+            f"machine   {m.name}, {size(m.memory_bytes)} free, {m.flops / 1e12:.3g} TFLOP/s; training takes about "
+            f"{size(self.memory_bytes)}, a checkpoint {size(self.checkpoint_bytes)} of disk",
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences × {c.seq_len} tokens = "
             f"{tokens:,} tokens, about {duration(self.seconds)} ({c.precision}, gradient checkpointing "
             f"{c.grad_checkpointing}, compile {c.compile})",
@@ -194,9 +203,12 @@ class Plan:
             console.print(line, highlight=False, soft_wrap=True)
 
 
-def _gb(nbytes: float) -> str:
-    """ "13.5 GB", "2.1 MB"."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
+def size(nbytes: float) -> str:
+    """ "13.5 GB", "2.1 MB", "38 kB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:,.1f} {unit}"
+    return f"{nbytes / 1e3:,.0f} kB"
 
 
 def quantization_of(config: QuantizeConfig) -> Quantization:
@@ -299,25 +311,23 @@ def _memory(
 ) -> dict[str, int]:
     a = architecture
     linear, table = _linear_weights(a), a.vocab_size * a.hidden_size
-    groups = sum(
-        n * spec.ceil_div(k, quantization.group_of(name))
-        for name in spec.linear_names(a)
-        for n, k in [spec.linear_shape(a, spec.linear_kind(name))]
-    )
+    shapes = [spec.linear_shape(a, kind) for kind in spec.LINEARS]
+    groups = a.num_layers * sum(n * spec.ceil_div(k, quantization.group_size) for n, k in shapes)
     trained = _FLOAT32 * (linear + table * (1 if a.tied_table else 2) + _QUANTIZER_PARAMETERS * groups)
     half = config.precision == "bf16"
     kept = _BFLOAT16 if half else _FLOAT32
     assert config.batch_size is not None and config.seq_len is not None
     tokens = config.batch_size * config.seq_len
     per_token = (
-        _SAVED["hidden"] * a.hidden_size
-        + _SAVED["attention"] * (a.attention_size + 2 * a.kv_size)
-        + _SAVED["intermediate"] * a.intermediate_size
+        _SAVED_HIDDEN * a.hidden_size
+        + _SAVED_ATTENTION * a.attention_size
+        + _SAVED_KV * a.kv_size
+        + _SAVED_MLP * a.intermediate_size
     )
     live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
     layer_weights = (kept + 1) * linear // a.num_layers  # integers and codes, kept for the backward pass
     activations = live_layers * (tokens * per_token + layer_weights) + a.num_layers * tokens * _FLOAT32 * a.hidden_size
-    largest = max(table, *(math.prod(spec.linear_shape(a, kind)) for kind in spec.LINEARS))
+    largest = max(table, *map(math.prod, shapes))
     chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
     return {
         "weights and quantizers": trained,
@@ -338,7 +348,8 @@ def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: M
     passes = 8 + (2 if config.grad_checkpointing == "on" else 0)
     tokens = config.batch_size * config.seq_len
     products = passes * tokens * (linear + table + attention) / (machine.flops * _EFFICIENCY[machine.kind])
-    return config.grad_accum * (products + _SECONDS_PER_WEIGHT[machine.kind] * (linear + table))
+    overhead = _SECONDS_PER_WEIGHT[machine.kind] * (linear + table) + _SECONDS_PER_LAYER[machine.kind] * a.num_layers
+    return config.grad_accum * (products + overhead)
 
 
 def _layers_table(plan: Plan) -> Table:
@@ -352,38 +363,31 @@ def _layers_table(plan: Plan) -> Table:
         short = k % q.group_size
         group = f"{q.group_size}" + (f", last {short}" if short else "")
         table.add_row(
-            f"{kind} × {a.num_layers}", f"{n} × {k}", group, "2-bit", _gb(2 * n * k * a.num_layers), _gb(after)
+            f"{kind} × {a.num_layers}", f"{n} × {k}", group, "2-bit", size(2 * n * k * a.num_layers), size(after)
         )
     for name, bits in ((spec.EMBED, q.embed_bits), (spec.HEAD, q.head_bits)):
-        size = 2 * a.vocab_size * a.hidden_size
-        before = "tied" if name == spec.HEAD and plan.tied else _gb(size)
-        after_text = "the embedding" if name == spec.HEAD and a.tied_table else _gb(size * bits // 16)
+        nbytes = 2 * a.vocab_size * a.hidden_size
+        before = "tied" if name == spec.HEAD and plan.tied else size(nbytes)
+        after_text = "the embedding" if name == spec.HEAD and a.tied_table else size(nbytes * bits // 16)
         table.add_row(name, f"{a.vocab_size} × {a.hidden_size}", "", f"{bits}-bit", before, after_text)
     table.add_section()
-    table.add_row("all", "", "", "", _gb(plan.sizes.fp16_bytes), _gb(plan.sizes.total_bytes))
+    table.add_row("all", "", "", "", size(plan.sizes.fp16_bytes), size(plan.sizes.total_bytes))
     return table
 
 
 def _file_bytes(plan: Plan, kind: str) -> int:
     """Bytes of all 2-bit layers of this kind in the file."""
     a, q = plan.architecture, plan.quantization
-    sizes: Counter[str] = Counter()
-    for layer in range(a.num_layers):
-        name = spec.layer_prefix(layer) + kind
-        n, k = spec.linear_shape(a, kind)
-        sizes[kind] += n * (
-            spec.ceil_div(k, spec.CODES_PER_BYTE)
-            + spec.LEVELS_PER_GROUP * spec.ceil_div(k, q.group_of(name))
-            + _FLOAT32
-        )
-    return sizes[kind]
+    n, k = spec.linear_shape(a, kind)
+    levels = spec.LEVELS_PER_GROUP * spec.ceil_div(k, q.group_size)
+    return a.num_layers * n * (spec.ceil_div(k, spec.CODES_PER_BYTE) + levels + _FLOAT32)
 
 
 def _memory_table(plan: Plan) -> Table:
     table = Table("memory for", "bytes", title="estimate", title_justify="left")
     table.columns[1].justify = "right"
     for name, nbytes in plan.memory.items():
-        table.add_row(name, _gb(nbytes))
+        table.add_row(name, size(nbytes))
     table.add_section()
-    table.add_row("all", _gb(plan.memory_bytes))
+    table.add_row("all", size(plan.memory_bytes))
     return table

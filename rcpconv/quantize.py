@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from rcpconv.baking import bake, weight_hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import DEFAULT_CORPUS, DEMO, OPTIONS, SELF, QuantizeConfig, build_config, read_recipe
-from rcpconv.errors import BadRun, BadTrainingData, TrainingDiverged
+from rcpconv.errors import BadRun, BadTrainingData, ConversionError, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
@@ -48,6 +48,7 @@ from rcpconv.train.sampling import SELF_TOKENS, sample
 from rcpconv.train.texts import read_source
 from rcpconv.train.tokens import Sequences, cached, chat_renderer, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
+from rcpformat.architecture import Architecture
 
 NEWEST = "newest"
 """As `resume`: the newest unfinished run."""
@@ -85,20 +86,38 @@ def quantize(
             if plan.architecture != run.architecture:
                 raise BadRun(f"{run.folder}: {source.name} is no longer the checkpoint that this run began with")
             console.print(f"Continuing {run.folder}", highlight=False, soft_wrap=True)
-            return _train(run, plan, source, console, force)
+            if not force:
+                plan.require_machine(root)
+            return _train(run, plan, source, console)
     config = build_config(model, recipe, settings)
     machine = look_at_machine(config.device)
-    source = load_source(config.model, revision=config.revision)
-    plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
-    if dry_run:
-        plan.show(console)
+    judged: list[Plan] = []
+
+    def judge(architecture: Architecture, tied: bool) -> None:
+        """Show the plan, before the weights of a Hub model are fetched; refuse what this machine cannot do."""
+        plan = make_plan(config, architecture, tied, machine)
+        if dry_run:
+            plan.show(console)
+            raise _OnlyPlanned
+        plan.show_summary(console)
+        if not force:
+            plan.require_machine(root)
+        judged.append(plan)
+
+    try:
+        source = load_source(config.model, revision=config.revision, judge=judge)
+        if not judged:
+            judge(source.architecture, source.tied_embeddings)
+    except _OnlyPlanned:
         return None
-    plan.show_summary(console)
-    if not force:
-        plan.require_machine(root)
+    plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
     folder = out or new_run_folder(root, config.model)
     with created(folder, _record(plan, source), plan.config.to_toml(), source.tokenizer.json) as run:
-        return _train(run, plan, source, console, force)
+        return _train(run, plan, source, console)
+
+
+class _OnlyPlanned(ConversionError):
+    """Ends a dry run; a ConversionError, because load_source lets those through."""
 
 
 def _record(plan: Plan, source: SourceModel) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
     return run.config.changed(**changes)
 
 
-def _train(run: Run, plan: Plan, source: SourceModel, console: Console, force: bool) -> Run:
+def _train(run: Run, plan: Plan, source: SourceModel, console: Console) -> Run:
     """Everything from the texts to the finished run, in a run folder that is held."""
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"

@@ -1,0 +1,242 @@
+"""The plan: settings decided from model and machine, estimates, refusals, the dry run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rcpconv import plan as planning
+from rcpconv.cli import main
+from rcpconv.config import QuantizeConfig
+from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.layers import ComputeOptions
+from rcpconv.model import Decoder
+from rcpconv.parts import TrainingParts
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
+from rcpconv.quantize import quantize
+from rcpformat.architecture import Architecture
+
+LLAMA_2_7B = Architecture(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+SMALL = dataclasses.replace(
+    LLAMA_2_7B, vocab_size=2048, hidden_size=192, intermediate_size=480, num_layers=4, num_heads=6, num_kv_heads=2,
+    head_dim=32, max_position_embeddings=1024,
+)  # fmt: skip
+CPU = Machine(device="cpu", name="CPU, 2 threads", memory_bytes=16 * 10**9, flops=1e11)
+H200 = Machine(device="cuda:0", name="H200", memory_bytes=149 * 10**9, flops=7.5e14)
+
+
+def plan(architecture: Architecture, machine: Machine, tied: bool = False, **settings: Any) -> Plan:
+    return make_plan(QuantizeConfig(**{"model": "m"} | settings), architecture, tied, machine)
+
+
+def test_open_settings_are_decided_from_model_and_machine() -> None:
+    config = plan(LLAMA_2_7B, H200).config
+    assert (config.lr, config.quantizer_lr, config.clip_lr) == (2e-5, 2e-4, 2e-4)
+    assert (config.seq_len, config.tokens, config.data) == (2048, 20_000_000, ("default",))
+    assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "on", "two")
+    assert config.grad_checkpointing == "on" and config.batch_size * config.grad_accum == 8
+    config = plan(SMALL, CPU, tied=True, model="demo", steps=5).config
+    assert config.lr == pytest.approx(2e-5 * (4096 / 192) ** 1.5, rel=0.05)
+    assert (config.seq_len, config.tokens, config.steps, config.data) == (1024, None, 5, ("demo",))
+    assert (config.device, config.precision, config.compile, config.tables) == ("cpu", "fp32", "off", "one")
+    assert (config.grad_checkpointing, config.batch_size, config.grad_accum) == ("off", 8, 1)
+
+
+def test_a_decided_plan_decides_the_same_again() -> None:
+    """As a resumed run does, from its saved recipe."""
+    first = plan(LLAMA_2_7B, H200)
+    again = make_plan(first.config, LLAMA_2_7B, False, H200)
+    assert again == first
+
+
+def test_given_settings_stay() -> None:
+    given = {"batch_size": 3, "grad_accum": 5, "seq_len": 100, "lr": 1e-4, "grad_checkpointing": "on", "tokens": 30_000}
+    found = plan(SMALL, CPU, **given)
+    assert {name: getattr(found.config, name) for name in given} == given
+    assert found.tokens_per_step == 1500 and found.steps == 20
+    assert plan(SMALL, CPU, grad_accum=4).config.batch_size == 2
+    assert plan(SMALL, CPU, batch_size=4).config.grad_accum == 2
+
+
+def test_tables() -> None:
+    assert plan(SMALL, CPU, tied=True).architecture.tied_table
+    assert not plan(SMALL, CPU, tied=True, tables="two").architecture.tied_table
+    assert not plan(SMALL, CPU, tied=True, head_bits=16).architecture.tied_table  # one table has one width
+    with pytest.raises(BadOption, match=r"tables: one, but m has separate embedding and head"):
+        plan(SMALL, CPU, tables="one")
+
+
+def test_contradictions_with_model_and_machine() -> None:
+    with pytest.raises(BadOption, match=r"seq_len: 2000 is longer than the model's context of 1024"):
+        plan(SMALL, CPU, seq_len=2000)
+    with pytest.raises(BadOption, match=r"precision: bf16 needs a CUDA device"):
+        plan(SMALL, CPU, precision="bf16")
+
+
+def test_file_size_of_llama_2_7b() -> None:
+    sizes = plan(LLAMA_2_7B, H200).sizes
+    assert sizes.ratio >= 6.2 and 2.25 < sizes.bits_per_weight < 2.27
+
+
+def test_a_large_model_is_refused_on_a_cpu_with_estimate_and_remedy(tmp_path: Path) -> None:
+    found = plan(LLAMA_2_7B, CPU, model="meta-llama/Llama-2-7b")
+    with pytest.raises(NotEnoughMachine) as refusal:
+        found.require_machine(tmp_path)
+    message = str(refusal.value)
+    for part in (
+        "meta-llama/Llama-2-7b: not on this machine (CPU, 2 threads)",
+        "16.0 GB of memory are free, about 14",
+        " days: use a CUDA GPU with 1",
+        "--force",
+    ):
+        assert part in message, (part, message)
+    plan(SMALL, CPU, tokens=400_000).require_machine(tmp_path)
+    with pytest.raises(NotEnoughMachine, match=r"the training would take about \d+ h"):
+        plan(SMALL, CPU).require_machine(tmp_path)
+
+
+def test_checkpoints_need_disk(tmp_path: Path) -> None:
+    found = dataclasses.replace(plan(SMALL, H200), checkpoint_bytes=10**18)
+    with pytest.raises(NotEnoughMachine, match=r"H200\): .* of disk are free in .* use --keep-checkpoints 1"):
+        found.require_machine(tmp_path / "not" / "yet")
+
+
+def test_estimated_activations_are_what_autograd_keeps() -> None:
+    a = dataclasses.replace(SMALL, num_layers=2)
+    found = plan(a, CPU, batch_size=2, seq_len=256)
+    options = ComputeOptions()
+    parts = TrainingParts(architecture=a, quantization=found.quantization, options=options)
+    student = Decoder(a, np.ones(a.head_dim // 2), parts, r1=True, r3=True, r4=True, options=options)
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student.hidden(torch.zeros(2, 256, dtype=torch.long))
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+    assert found.memory["activations"] == pytest.approx(measured, rel=0.25)
+
+
+def test_looking_at_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = look_at_machine("cpu")
+    assert machine.kind == "cpu" and machine.memory_bytes > 10**8 and 1e8 < machine.flops < 1e15
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert look_at_machine("auto").device == "cpu"
+    with pytest.raises(NotEnoughMachine, match=r"device cuda:1: torch finds no CUDA device here; use --device cpu"):
+        look_at_machine("cuda:1")
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(checkpoint), "--dry-run", "--steps", "7", "--runs", str(tmp_path / "runs")]
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    for part in (
+        "attn.q × 2",
+        "64 × 64",
+        "128, last 64",
+        "mlp.down × 2",
+        "64 × 128",
+        "290 × 64",
+        "the embedding",
+        "optimizer",
+        "original model",
+        "7 steps of 8 × 1 sequences × 128 tokens = 7,168 tokens",
+        "in FP16",
+    ):
+        assert part in result.output, (part, result.output)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refused_model_leaves_nothing_and_force_starts_it(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "CPU_SECONDS", 0)
+    options = {"steps": 1, "data": (str(text),), "seq_len": 16, "batch_size": 1, "grad_accum": 1}
+    with pytest.raises(NotEnoughMachine, match="all the same with --force"):
+        quantize(str(checkpoint), options, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    run = quantize(str(checkpoint), options, runs=tmp_path / "runs", force=True)
+    assert run is not None and run.status == "finished"
+
+
+def test_a_hub_model_is_judged_before_its_weights_are_fetched(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is stood in for by a download that has fetched the small files and asks for a judgement."""
+    from rcpconv.checkpoint import source
+    from rcpconv.checkpoint.layout import choose_layout
+
+    def download(repo_id: str, *, check: Any, **more: Any) -> Path:
+        check(checkpoint, choose_layout([path.name for path in checkpoint.iterdir()], repo_id))
+        pytest.fail("went on to the weights")
+
+    monkeypatch.setattr(source, "download_checkpoint", download)
+    assert quantize("org/name", {"steps": 1}, dry_run=True) is None
+    monkeypatch.setattr(planning, "CPU_SECONDS", 0)
+    with pytest.raises(NotEnoughMachine, match="org/name: not on this machine"):
+        quantize("org/name", {"steps": 1}, runs=tmp_path)
+
+
+def test_usage_errors_name_the_option() -> None:
+    for arguments, message in (
+        (["--group-size", "32"], "--group-size': expected one of 64, 128; found 32"),
+        (["--tokens", "many"], "--tokens': expected a count such as"),
+        (["--lr", "fast"], "--lr': 'fast' is not a number"),
+        (["--betas", "0.9"], "--betas"),
+    ):
+        result = CliRunner().invoke(main, ["quantize", "demo", *arguments])
+        assert result.exit_code == 2 and message in result.output, result.output
+    result = CliRunner().invoke(main, ["quantize"])
+    assert result.exit_code == 1 and "model is missing" in result.output
+
+
+def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option, given on the command line, arrives under the field's name with the field's type."""
+    seen: dict[str, Any] = {}
+
+    def record(model: str, settings: dict[str, Any], **more: Any) -> None:
+        seen.update(settings, model=model)
+
+    monkeypatch.setattr("rcpconv.quantize.quantize", record)
+    values: dict[str, Any] = {
+        "revision": "v1", "method": "ldp", "group_size": 64, "a_bits": 8, "kv_bits": 8, "head_bits": 16,
+        "embed_bits": 16, "tables": "two", "data": ("a.txt", "b.txt"), "eval_data": "c.txt", "max_eval_tokens": 10,
+        "tokens": 20_000_000, "steps": 5, "seq_len": 64, "batch_size": 2, "grad_accum": 3, "lr": 1e-3,
+        "quantizer_lr": 2e-3, "clip_lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "warmup": 0.1,
+        "lr_floor": 0.2, "grad_clip": 0.5, "loss": "kl", "temperature": 2.0, "device": "cpu", "precision": "fp32",
+        "grad_checkpointing": "on", "compile": "off", "seed": 4, "checkpoint_every": 9, "keep_checkpoints": 3,
+        "log_every": 2, "eval_every": 7,
+    }  # fmt: skip
+    arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4"]
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if name == "betas":
+            arguments += [option, *map(str, value)]
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                arguments += [option, "20M" if name == "tokens" else str(item)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert seen == values | {"model": "demo", "r1": False, "r2": False, "r3": False, "r4": False}
+    assert seen.keys() == {item.name for item in dataclasses.fields(QuantizeConfig)}
+    seen.clear()
+    assert CliRunner().invoke(main, ["quantize", "demo"]).exit_code == 0
+    assert seen == {"model": "demo"}  # what is not given is not set
