@@ -143,7 +143,8 @@ class Trainer:
                     paused = time.perf_counter()
                     line: dict[str, Any] = {}
                     if self.evaluate is not None and c.eval_every and counters.step % c.eval_every == 0:
-                        line["perplexity"] = self.evaluate(self.student)
+                        with progress.hidden():
+                            line["perplexity"] = self.evaluate(self.student)
                         rate.skip(paused)
                     if counters.step % c.log_every == 0 or line or last:
                         line = self._line(rate) | line

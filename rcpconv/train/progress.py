@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,6 +95,13 @@ class LiveProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Clear the terminal for another display."""
+        self.__exit__(None, None, None)
+        yield
+        self.__enter__()
 
     def advance(self, step: int) -> None:
         """Step `step` is done."""
