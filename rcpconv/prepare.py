@@ -165,14 +165,15 @@ def student_decoder(
     quantization: Quantization,
     options: ComputeOptions,
     importance: Callable[[str], Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
-    """The model to train: prepared weights, every quantizer initialised from them.
+    """The model to train, on `device`: prepared weights, every quantizer initialised from them.
 
     importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
     """
     parts = TrainingParts(architecture=prepared.architecture, quantization=quantization, options=options)
     q, inv_freq = quantization, prepared.source.inv_freq
-    decoder = Decoder(prepared.architecture, inv_freq, parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options)
+    decoder = Decoder(prepared.architecture, inv_freq, parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options).to(device)
     _load(decoder, prepared.tensors())
     for name, module in decoder.named_modules():
         if isinstance(module, QuantLinear):

@@ -168,9 +168,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, console: Console) -> Run:
     rotations = Rotations(r1=config.r1, r2=config.r2, r3=config.r3, r4=config.r4)
     prepared = prepare(source, rotations=rotations, one_table=config.tables == "one", seed=config.seed)
     options = ComputeOptions(half=half, checkpoint_layers=config.grad_checkpointing == "on")
-    with device:
-        student = student_decoder(prepared, plan.quantization, options)
-    student = student.to(device)
+    student = student_decoder(prepared, plan.quantization, options, device=device)
 
     def perplexity(decoder: Decoder) -> float:
         return torch_perplexity(decoder, windows, "perplexity")
