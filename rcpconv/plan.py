@@ -235,7 +235,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         precision=precision,
         seq_len=seq_len,
         tables="one" if one else "two",
-        compile=config.compile if config.compile != "auto" else ("on" if machine.kind == "cuda" else "off"),
+        compile="on" if config.compile == "on" else "off",  # auto is off: see docs/log.md, 2026-11-22
         data=config.data or ((DEMO,) if config.model == DEMO else (DEFAULT_CORPUS,)),
         tokens=config.tokens or (None if config.steps else DEFAULT_TOKENS),
     )

@@ -23,29 +23,15 @@ LARGEST_HALF = float(arithmetic.LARGEST_HALF)
 ZERO_TOKEN = float(arithmetic.ZERO_TOKEN)
 
 
-# Two operators that torch.compile has to take as they are. Inductor merges a cast to float16 and back into nothing, and
-# (torch 2.11) gives zeros for the gradient of a product with out_dtype inside an autograd.Function.
-
-
 @torch.library.custom_op("rcpconv::to_half", mutates_args=())
 def _to_half(x: Tensor) -> Tensor:
+    """An operator of its own, because torch.compile merges a cast to float16 and back into nothing."""
     return x.to(torch.float16)
 
 
 @_to_half.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.float16)
-
-
-@torch.library.custom_op("rcpconv::bf16_product", mutates_args=())
-def _bf16_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """bfloat16 operands, float32 sums (M, N). CUDA only."""
-    return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
-
-
-@_bf16_product.register_fake
-def _(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=torch.float32)
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -137,7 +123,7 @@ def exact_chunk(largest_product: int) -> int:
 
 def _integer_mm(a_MK: Tensor, b_KN: Tensor, *, half: bool) -> Tensor:
     if half:
-        return _bf16_product(a_MK.to(torch.bfloat16), b_KN.to(torch.bfloat16))  # type: ignore[no-any-return]
+        return torch.mm(a_MK.to(torch.bfloat16), b_KN.to(torch.bfloat16), out_dtype=torch.float32)
     return torch.mm(a_MK.float(), b_KN.float())
 
 
@@ -172,7 +158,8 @@ class _IntegerLinear(torch.autograd.Function):
         kept = torch.bfloat16 if half else torch.float32
         ctx.save_for_backward(codes_MK.to(kept), scale_M1, integers_NK.to(kept), row_scale_N)
         ctx.half = half
-        return sums.to(scale_M1.dtype).mul_(scale_M1).mul_(row_scale_N)
+        # Not in place: compiled by torch 2.11, a result changed in place has a gradient of zero.
+        return sums.to(scale_M1.dtype) * scale_M1 * row_scale_N
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
