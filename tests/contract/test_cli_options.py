@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import click
+
 import rcpconv.cli
 import rcprun.cli
 
