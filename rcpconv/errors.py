@@ -94,5 +94,9 @@ class BadRun(ConversionError):
     """A run folder cannot be used: in use, incomplete, or of another recipe."""
 
 
+class BadCompiler(ConversionError):
+    """torch.compile was asked for, and changes what the model would learn."""
+
+
 class TrainingDiverged(ConversionError):
     """The loss or a gradient is not finite, or the loss has exploded."""

@@ -39,9 +39,13 @@ _QUANTIZER_PARAMETERS = 4
 """Of each group: beta, gamma, s1, s2."""
 _OPTIMIZER_STATES = 2
 
-# Share of the matmul rate that a training step reaches; what a batch costs beside it, for each weight that is quantized
-# (forward and backward) and for launching each layer's operations.
-_EFFICIENCY = {"cpu": 0.55, "cuda": 0.35}
+# What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
+# them: seconds for each byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
+# at 234,000 tokens/s on an H200, docs/log.md), a quarter of it when compiled. For each batch: quantizing a weight,
+# forward and backward, and launching a layer's operations.
+_EFFICIENCY = {"cpu": 0.45, "cuda": 0.6}
+_SECONDS_PER_SAVED_BYTE = {"cpu": 0.0, "cuda": 1.2e-11}
+_COMPILED = 0.25
 _SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
 _SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1.5e-3}
 
@@ -318,15 +322,11 @@ def _memory(
     kept = _BFLOAT16 if half else _FLOAT32
     assert config.batch_size is not None and config.seq_len is not None
     tokens = config.batch_size * config.seq_len
-    per_token = (
-        _SAVED_HIDDEN * a.hidden_size
-        + _SAVED_ATTENTION * a.attention_size
-        + _SAVED_KV * a.kv_size
-        + _SAVED_MLP * a.intermediate_size
-    )
     live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
     layer_weights = (kept + 1) * linear // a.num_layers  # integers and codes, kept for the backward pass
-    activations = live_layers * (tokens * per_token + layer_weights) + a.num_layers * tokens * _FLOAT32 * a.hidden_size
+    activations = (
+        live_layers * (tokens * _saved_bytes(a) + layer_weights) + a.num_layers * tokens * _FLOAT32 * a.hidden_size
+    )
     largest = max(table, *map(math.prod, shapes))
     chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
     return {
@@ -339,6 +339,13 @@ def _memory(
     }
 
 
+def _saved_bytes(architecture: Architecture) -> int:
+    """What the backward pass of a layer keeps of a token."""
+    a = architecture
+    attention = _SAVED_ATTENTION * a.attention_size + _SAVED_KV * a.kv_size
+    return _SAVED_HIDDEN * a.hidden_size + attention + _SAVED_MLP * a.intermediate_size
+
+
 def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: Machine) -> float:
     """Time of an optimizer step: 6 operations a weight and token for the student, 2 for the teacher, and overhead."""
     assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
@@ -348,8 +355,11 @@ def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: M
     passes = 8 + (2 if config.grad_checkpointing == "on" else 0)
     tokens = config.batch_size * config.seq_len
     products = passes * tokens * (linear + table + attention) / (machine.flops * _EFFICIENCY[machine.kind])
+    elementwise = _SECONDS_PER_SAVED_BYTE[machine.kind] * tokens * a.num_layers * _saved_bytes(a)
+    if config.compile == "on":
+        elementwise *= _COMPILED
     overhead = _SECONDS_PER_WEIGHT[machine.kind] * (linear + table) + _SECONDS_PER_LAYER[machine.kind] * a.num_layers
-    return config.grad_accum * (products + overhead)
+    return config.grad_accum * (products + elementwise + overhead)
 
 
 def _layers_table(plan: Plan) -> Table:

@@ -48,7 +48,7 @@ def test_open_settings_are_decided_from_model_and_machine() -> None:
     config = plan(LLAMA_2_7B, H200).config
     assert (config.lr, config.quantizer_lr, config.clip_lr) == (2e-5, 2e-4, 2e-4)
     assert (config.seq_len, config.tokens, config.data) == (2048, 20_000_000, ("default",))
-    assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "on", "two")
+    assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "off", "two")
     assert config.grad_checkpointing == "on" and config.batch_size * config.grad_accum == 8
     config = plan(SMALL, CPU, tied=True, model="demo", steps=5).config
     assert config.lr == pytest.approx(2e-5 * (4096 / 192) ** 1.5, rel=0.05)

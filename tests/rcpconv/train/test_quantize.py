@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
-from rcpconv.errors import BadRun, BadTrainingData, RunNotFound, TrainingDiverged
+from rcpconv.errors import BadCompiler, BadRun, BadTrainingData, RunNotFound, TrainingDiverged
 from rcpconv.evaluate import torch_perplexity
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, quantize
@@ -285,6 +285,25 @@ def test_gradient_that_is_not_finite_names_the_layer(checkpoint: Path, text: Pat
     assert loop.first_not_finite(student, tokens) == "first in the gradient of layers.0.attn.k.weight"
     student.layers[1].attn_norm.gain.data *= 1e38
     assert loop.first_not_finite(student, tokens).startswith("first in the output of layers.1.attn")
+
+
+def test_a_compiler_that_changes_gradients_is_refused(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stood in for by one that stops all gradients inside a layer, as torch 2.11 does on CUDA, and by a good one."""
+    from rcpconv.model import DecoderLayer
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(DecoderLayer, "compile", lambda self: None)
+    assert train(checkpoint, text, tmp_path / "good", compile="on", steps=1).status == FINISHED
+
+    def spoil(layer: Any) -> None:
+        plain = layer.forward
+        layer.forward = lambda x, *more: x + 0 * sum(p.sum() for p in layer.parameters()) + plain(x, *more).detach() - x
+
+    monkeypatch.setattr(DecoderLayer, "compile", spoil)
+    with pytest.raises(BadCompiler, match=r"torch\.compile of torch 2.* differs by 100% .* train with --compile off"):
+        train(checkpoint, text, tmp_path / "bad", compile="on", steps=1)
 
 
 def test_text_sampled_from_the_model_itself(checkpoint: Path, tmp_path: Path) -> None:
