@@ -40,7 +40,7 @@ _QUANTIZER_PARAMETERS = 4
 _OPTIMIZER_STATES = 2
 
 # What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
-# them: seconds for each byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
+# them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
 # at 234,000 tokens/s on an H200, docs/log.md), a quarter of it when compiled. For each batch: quantizing a weight,
 # forward and backward, and launching a layer's operations.
 _EFFICIENCY = {"cpu": 0.45, "cuda": 0.6}

@@ -19,31 +19,45 @@ from rcpformat.architecture import TokenizerInfo
 
 SELF_TOKENS = 1_000_000
 """At most so many tokens are sampled; a longer training repeats them."""
-_BATCH = 64
+_LARGEST_BATCH = 256
+_CACHE_BYTES = 4 << 30
+"""Batches are as large as keys and values of this size allow."""
 
 
-class _KVCache:
-    """Keys and values of one layer for a batch, filled position by position."""
+class CachedDecoder:
+    """An unquantized decoder, one position at a time for a batch of sequences."""
 
-    def __init__(self, attention: Attention, batch: int, length: int, like: Tensor) -> None:
-        a = attention.architecture
-        shape = (batch, a.num_kv_heads, length, a.head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.attention, self.used = attention, 0
+    def __init__(self, decoder: Decoder, batch: int, length: int) -> None:
+        a = decoder.architecture
+        self.decoder, self.position = decoder, 0
+        self.cos, self.sin = decoder.rope(length)
+        shape = (a.num_layers, 2, batch, a.num_kv_heads, length, a.head_dim)
+        self.keys_values = torch.empty(shape, device=decoder.inv_freq.device)
 
-    def attend(self, h_B1C: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """What Attention.forward gives at the next position."""
-        layer = self.attention
-        q, k = (
-            layer._position(layer._heads(linear(h_B1C)), norm, rope)
-            for linear, norm in ((layer.q, layer.q_norm), (layer.k, layer.k_norm))
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """The tokens at the next position -> logits (B, V) for the one after it."""
+        decoder, here = self.decoder, slice(self.position, self.position + 1)
+        x_B1C = decoder.embed.embed(tokens_B[:, None])  # type: ignore[operator]
+        rope = self.cos[here], self.sin[here]
+        for layer, (keys, values) in zip(decoder.layers, self.keys_values, strict=True):
+            x_B1C = x_B1C + self._attend(layer.attn, layer.attn_norm(x_B1C), rope, keys, values)  # type: ignore[arg-type, operator]
+            x_B1C = x_B1C + layer.mlp(layer.mlp_norm(x_B1C))  # type: ignore[operator]
+        self.position += 1
+        return decoder.logits(decoder.head_input(decoder.final_norm(x_B1C)))[:, 0]
+
+    def _attend(
+        self, attn: Attention, h_B1C: Tensor, rope: tuple[Tensor, Tensor], keys_BHTD: Tensor, values_BHTD: Tensor
+    ) -> Tensor:
+        """What Attention.forward gives at this position."""
+        q_BH1D = attn._position(attn._heads(attn.q(h_B1C)), attn.q_norm, rope)
+        here, seen = self.position, self.position + 1
+        keys_BHTD[:, :, here] = attn._position(attn._heads(attn.k(h_B1C)), attn.k_norm, rope)[:, :, 0]
+        values_BHTD[:, :, here] = attn._heads(attn.v(h_B1C))[:, :, 0]
+        visible = slice(max(0, seen - attn.window) if attn.window else 0, seen)
+        y = F.scaled_dot_product_attention(
+            q_BH1D, keys_BHTD[:, :, visible], values_BHTD[:, :, visible], enable_gqa=True
         )
-        self.keys[:, :, self.used] = k[:, :, 0]
-        self.values[:, :, self.used] = layer._heads(layer.v(h_B1C))[:, :, 0]
-        self.used += 1
-        visible = slice(max(0, self.used - layer.window) if layer.window else 0, self.used)
-        y = F.scaled_dot_product_attention(q, self.keys[:, :, visible], self.values[:, :, visible], enable_gqa=True)
-        return layer.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return attn.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
@@ -51,29 +65,24 @@ def sample(
     teacher: Decoder, info: TokenizerInfo, *, tokens: int, seq_len: int, seed: int, tell: Callable[[int], None]
 ) -> Iterator[list[int]]:
     """Rows of seq_len token ids sampled from an unquantized decoder, about `tokens` in all; `tell` hears how many."""
-    device = teacher.inv_freq.device
+    a, device = teacher.architecture, teacher.inv_freq.device
     generator = torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(info.eos_ids, device=device)
     rows = -(-tokens // seq_len)
-    for start in range(0, rows, _BATCH):
-        batch = min(_BATCH, rows - start)
-        cos, sin = teacher.rope(seq_len)
+    fitting = _CACHE_BYTES // (a.num_layers * 2 * a.kv_size * seq_len * 4)
+    largest = max(1, min(_LARGEST_BATCH, fitting))
+    for start in range(0, rows, largest):
+        batch = min(largest, rows - start)
+        decoder = CachedDecoder(teacher, batch, seq_len)
         row_BT = torch.empty(batch, seq_len, dtype=torch.long, device=device)
-        row_BT[:, 0] = (
-            torch.randint(teacher.architecture.vocab_size, (batch,), generator=generator, device=device)
-            if info.bos_id is None
-            else info.bos_id
-        )
-        like = teacher.embed.embed(row_BT[:1, :1])  # type: ignore[operator]
-        caches = [_KVCache(layer.attn, batch, seq_len, like) for layer in teacher.layers]  # type: ignore[arg-type]
+        if info.bos_id is None:
+            row_BT[:, 0] = torch.randint(a.vocab_size, (batch,), generator=generator, device=device)
+        else:
+            row_BT[:, 0] = info.bos_id
         for t in range(1, seq_len):
-            x_B1C = teacher.embed.embed(row_BT[:, t - 1 : t])  # type: ignore[operator]
-            for layer, cache in zip(teacher.layers, caches, strict=True):
-                x_B1C = x_B1C + cache.attend(layer.attn_norm(x_B1C), (cos[t - 1 : t], sin[t - 1 : t]))  # type: ignore[operator]
-                x_B1C = x_B1C + layer.mlp(layer.mlp_norm(x_B1C))  # type: ignore[operator]
-            logits_BV = teacher.logits(teacher.head_input(teacher.final_norm(x_B1C)))[:, 0]
-            row_BT[:, t] = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
-            if info.bos_id is not None and info.eos_ids:
-                row_BT[torch.isin(row_BT[:, t - 1], eos), t] = info.bos_id
+            before_B = row_BT[:, t - 1]
+            row_BT[:, t] = torch.multinomial(decoder.step(before_B).softmax(-1), 1, generator=generator)[:, 0]
+            if info.bos_id is not None:
+                row_BT[torch.isin(before_B, eos), t] = info.bos_id
         tell(min((start + batch) * seq_len, tokens))
         yield from row_BT.tolist()
