@@ -26,11 +26,15 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def model_size(
-    architecture: Architecture, quantization: Quantization, provenance: Mapping[str, Any], tokenizer_bytes: int
+    architecture: Architecture,
+    quantization: Quantization,
+    provenance: Mapping[str, Any],
+    tokenizer_bytes: int,
+    file_bytes: int | None = None,
 ) -> Accounting:
     """Bytes by kind, against the float16 checkpoint that `provenance` tells of: with one table or two."""
-    plain = account(architecture, quantization, tokenizer_bytes)
-    tied = account(architecture, quantization, tokenizer_bytes, tied_checkpoint=True)
+    plain = account(architecture, quantization, tokenizer_bytes, file_bytes=file_bytes)
+    tied = account(architecture, quantization, tokenizer_bytes, tied_checkpoint=True, file_bytes=file_bytes)
     return tied if tied.fp16_bytes == 2 * provenance.get("parameters", 0) else plain
 
 
@@ -70,6 +74,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
             metadata.quantization,
             metadata.provenance,
             file.header_tensors[spec.TOKENIZER].nbytes,
+            path.stat().st_size,
         )
         linears = spec.linear_names(file.architecture)
         parts = {f"{name}.{part}" for name in linears for part in ("codes", "levels", "scale")}

@@ -74,11 +74,13 @@ def account(
     tokenizer_bytes: int = 0,
     *,
     tied_checkpoint: bool | None = None,
+    file_bytes: int | None = None,
 ) -> Accounting:
     """Bytes by kind for a model of this shape.
 
     tied_checkpoint: whether the original has one table for embedding and head. None: as the file has it; say True
-    for a tied model that is stored with two tables.
+    for a tied model that is stored with two tables. file_bytes: the size of the file, where there is one: its header is
+    what the tensors leave of it. None: a header without provenance and chat template.
     """
     forms = {
         name: spec.TensorSpec(form.dtype, tuple(tokenizer_bytes if size is None else size for size in form.shape))
@@ -92,10 +94,11 @@ def account(
         generation={},
         provenance={},
     )
-    header = serialize_header(metadata.to_entries(dict.fromkeys(entries, "0" * 64)), entries)
-    nbytes = Counter({"header": len(header)})
+    nbytes: Counter[str] = Counter()
     for name, entry in entries.items():
         nbytes[_kind(name)] += entry.nbytes
+    header = len(serialize_header(metadata.to_entries(dict.fromkeys(entries, "0" * 64)), entries))
+    nbytes["header"] = header if file_bytes is None else file_bytes - nbytes.total()
     tied = architecture.tied_table if tied_checkpoint is None else tied_checkpoint
     return Accounting(
         rows=tuple(AccountingRow(kind, nbytes[kind]) for kind in _KINDS),

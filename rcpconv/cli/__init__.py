@@ -19,6 +19,8 @@ from rcpformat.errors import FormatError, OutputExists, OutputNotWritable, Unrea
 
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells do."""
+CONVERTER_PACKAGES = ("matplotlib", "sentencepiece", "torch", "transformers")
+"""What the extra `convert` adds and commands import."""
 
 
 class _Main(click.Group):
@@ -32,6 +34,13 @@ class _Main(click.Group):
             return super().invoke(ctx)
         except (ConversionError, FormatError, UnreadableFile, OutputExists, OutputNotWritable) as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if error.name not in CONVERTER_PACKAGES:
+                raise
+            raise click.ClickException(
+                f"this command needs {error.name}, which the runtime does without; "
+                "install the converter's packages with: pip install 'rcpconv[convert]'"
+            ) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has left: click ends quietly
                 raise

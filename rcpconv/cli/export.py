@@ -26,6 +26,7 @@ def export(run: Path | None, runs: Path | None, out: Path, force: bool) -> None:
     found = find_run(run, runs)
     report = write(found, out, force=force)
     console = Console()
-    sizes = model_size(found.architecture, found.quantization, found.provenance, len(found.tokenizer_json))
+    tokenizer_bytes = len(found.tokenizer_json)
+    sizes = model_size(found.architecture, found.quantization, found.provenance, tokenizer_bytes, report.nbytes)
     console.print(size_table(size_json(sizes)))
     console.print(f"{out}: {report.nbytes:,} bytes, from {found.folder}; every weight is as trained.", soft_wrap=True)

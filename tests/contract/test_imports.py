@@ -69,3 +69,11 @@ def test_runtime_modules_never_load_torch() -> None:
         "loaded = {'torch', 'transformers', 'rcpconv'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
+
+
+def test_converter_commands_say_what_to_install_without_torch() -> None:
+    blocked = "import sys; sys.modules['torch'] = None; from rcpconv.cli import main; main(['quantize', 'demo'])"
+    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "pip install 'rcpconv[convert]'" in result.stderr
+    assert "Traceback" not in result.stderr

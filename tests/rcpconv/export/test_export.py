@@ -151,6 +151,7 @@ def test_inspection_counts_codes_levels_and_bytes(run: Run, tmp_path: Path) -> N
         assert listed == sum(entry.nbytes for entry in file.header_tensors.values())
         levels = file.tensor("layers.0.mlp.down.levels")
     down = report["linears"][6]
+    assert report["sizes"]["bytes"] == report["file_bytes"] == (tmp_path / "model.rcp").stat().st_size
     assert sum(down["code_shares"]) == pytest.approx(1)
     assert down["level_shares"][0] == pytest.approx(np.mean(levels <= -113))
     assert down["level_shares"][8] == pytest.approx(np.mean(abs(levels) <= 7))
