@@ -60,6 +60,13 @@ class CachedDecoder:
         return attn.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def _draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token (B,) of each row, by inversion: torch.multinomial takes as long as the rest of the model on a CPU."""
+    cumulated_BV = logits_BV.softmax(-1).cumsum(-1)
+    place_B1 = torch.rand(len(logits_BV), 1, generator=generator, device=logits_BV.device) * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+
+
 @torch.inference_mode()
 def sample(
     teacher: Decoder, info: TokenizerInfo, *, tokens: int, seq_len: int, seed: int, tell: Callable[[int], None]
@@ -81,7 +88,7 @@ def sample(
             row_BT[:, 0] = info.bos_id
         for t in range(1, seq_len):
             before_B = row_BT[:, t - 1]
-            row_BT[:, t] = torch.multinomial(decoder.step(before_B).softmax(-1), 1, generator=generator)[:, 0]
+            row_BT[:, t] = _draw(decoder.step(before_B), generator)
             if info.bos_id is not None:
                 row_BT[torch.isin(before_B, eos), t] = info.bos_id
         tell(min((start + batch) * seq_len, tokens))

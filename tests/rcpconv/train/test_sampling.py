@@ -42,6 +42,14 @@ def test_rows_begin_with_bos_which_also_follows_eos(tmp_path: Path, monkeypatch:
     assert rows != list(sample(teacher, info, tokens=10 * 16 - 5, seq_len=16, seed=2, tell=told.append))
 
 
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = sampling._draw(probabilities.log().expand(20_000, 6), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=6) / 20_000
+    assert (shares - probabilities).abs().max() < 0.015  # four standard errors
+    assert shares[[0, 2, 5]].sum() == 0
+
+
 def test_without_bos_rows_begin_with_a_random_token(tmp_path: Path) -> None:
     make_tiny_checkpoint("qwen2", tmp_path)
     teacher = original_decoder(load_source(str(tmp_path)))
