@@ -5,7 +5,7 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from rcpconv.baking import bake, weight_hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import DEFAULT_CORPUS, DEMO, OPTIONS, SELF, QuantizeConfig, build_config, read_recipe
-from rcpconv.errors import BadRun, BadTrainingData, ConversionError, TrainingDiverged
+from rcpconv.errors import BadRun, BadTrainingData, ConversionError
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
@@ -45,7 +45,7 @@ from rcpconv.runs import (
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpconv.train.sampling import SELF_TOKENS, sample
-from rcpconv.train.texts import read_source
+from rcpconv.train.texts import Piece, read_source
 from rcpconv.train.tokens import Sequences, cached, chat_renderer, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
@@ -88,7 +88,9 @@ def quantize(
             console.print(f"Continuing {run.folder}", highlight=False, soft_wrap=True)
             if not force:
                 plan.require_machine(root)
-            return _train(run, plan, source, console)
+            windows = _evaluation_windows(plan, source)
+            run.update(status=RUNNING, reason=None)
+            return _train(run, plan, source, windows, console)
     config = build_config(model, recipe, settings)
     machine = look_at_machine(config.device)
     judged: list[Plan] = []
@@ -111,9 +113,11 @@ def quantize(
     except _OnlyPlanned:
         return None
     plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
+    windows = _evaluation_windows(plan, source)
+    _streams(plan, source)
     folder = out or new_run_folder(root, config.model)
     with created(folder, _record(plan, source), plan.config.to_toml(), source.tokenizer.json) as run:
-        return _train(run, plan, source, console)
+        return _train(run, plan, source, windows, console)
 
 
 class _OnlyPlanned(ConversionError):
@@ -158,11 +162,31 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
     return run.config.changed(**changes)
 
 
-def _train(run: Run, plan: Plan, source: SourceModel, console: Console) -> Run:
-    """Everything from the texts to the finished run, in a run folder that is held."""
+def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Run:
+    """Train, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
+    try:
+        student, evaluation = _train_and_evaluate(run, plan, source, windows, console)
+    except ConversionError as error:
+        run.update(status=FAILED, reason=str(error))
+        raise
+    with replacing(run.folder / BAKED) as temporary:
+        save_file(bake(student), temporary)
+    write_json(run.folder / WEIGHT_HASHES, weight_hashes(student))
+    run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
+    checkpoints.delete_all(run)
+    which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
+    console.print(
+        f"Finished: {run.folder}. Now type:\n  rcpconv export{which} --out model.rcp", highlight=False, soft_wrap=True
+    )
+    return run
+
+
+def _train_and_evaluate(
+    run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console
+) -> tuple[Decoder, dict[str, Any] | None]:
+    """The trained student, and the perplexities that run.json keeps."""
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
-    windows = _evaluation_windows(plan, source)
     teacher = original_decoder(source, torch.bfloat16 if half else torch.float32, ComputeOptions(half=half)).to(device)
     sequences = _sequences(run, plan, source, teacher, console)
     rotations = Rotations(r1=config.r1, r2=config.r2, r3=config.r3, r4=config.r4)
@@ -193,36 +217,18 @@ def _train(run: Run, plan: Plan, source: SourceModel, console: Console) -> Run:
             soft_wrap=True,
         )
         raise
-    except TrainingDiverged as error:
-        run.update(status=FAILED, reason=str(error))
-        raise
-    evaluation: dict[str, Any] | None = None
-    if windows:
-        original = original_decoder(source).to(device) if half else teacher
-        found = {"original": perplexity(original), "fake-quant": perplexity(student)}
-        evaluation = {
-            "text": config.eval_data,
-            "window": len(windows[0]),
-            "tokens": sum(len(window) - 1 for window in windows),
-            "perplexity": found,
-        }
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        console.print(f"perplexity on {config.eval_data}: {figures}", highlight=False, soft_wrap=True)
-    _finish(run, student, evaluation)
-    out = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
-    console.print(
-        f"Finished: {run.folder}. Now type:\n  rcpconv export{out} --out model.rcp", highlight=False, soft_wrap=True
-    )
-    return run
-
-
-def _finish(run: Run, student: Decoder, evaluation: dict[str, Any] | None) -> None:
-    """Write what `export` needs; run.json last, so that a run is finished or not."""
-    with replacing(run.folder / BAKED) as temporary:
-        save_file(bake(student), temporary)
-    write_json(run.folder / WEIGHT_HASHES, weight_hashes(student))
-    run.update(status=FINISHED, finished=now(), evaluation=evaluation)
-    checkpoints.delete_all(run)
+    if not windows:
+        return student, None
+    original = original_decoder(source).to(device) if half else teacher
+    found = {"original": perplexity(original), "fake-quant": perplexity(student)}
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    console.print(f"perplexity on {config.eval_data}: {figures}", highlight=False, soft_wrap=True)
+    return student, {
+        "text": config.eval_data,
+        "window": len(windows[0]),
+        "tokens": sum(len(window) - 1 for window in windows),
+        "perplexity": found,
+    }
 
 
 def _evaluation_windows(plan: Plan, source: SourceModel) -> list[list[int]]:
@@ -256,15 +262,20 @@ def _sequences(run: Run, plan: Plan, source: SourceModel, teacher: Decoder, cons
     def rows() -> Iterable[list[int]]:
         if SELF in c.data:
             return _sampled(teacher, source, min(wanted, SELF_TOKENS), seq_len, c.seed, console)
-        tokenizer = Tokenizer.from_str(source.tokenizer.json.decode())
-        render = chat_renderer(tokenizer, source.tokenizer.info)
-        streams = [stream for name in c.data for stream in read_source(name, render)]
+        tokenizer, streams = _streams(plan, source)
         return tokenize_pieces(interleave(streams), tokenizer, source.tokenizer.info)
 
     token_N: NDArray[np.generic] = cached(
         run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
     )
     return Sequences(token_N, seq_len, c.seed)
+
+
+def _streams(plan: Plan, source: SourceModel) -> tuple[Tokenizer, list[Iterator[Piece]]]:
+    """The tokenizer and the training texts, not read yet. Raises BadTrainingData for one that is not there."""
+    tokenizer = Tokenizer.from_str(source.tokenizer.json.decode())
+    render = chat_renderer(tokenizer, source.tokenizer.info)
+    return tokenizer, [stream for name in plan.config.data if name != SELF for stream in read_source(name, render)]
 
 
 def _sampled(

@@ -333,8 +333,12 @@ def test_texts_that_will_not_do(checkpoint: Path, tmp_path: Path) -> None:
     short.write_text("Too short.")
     with pytest.raises(BadTrainingData, match="one sequence takes 24"):
         train(checkpoint, short, tmp_path / "a")
+    assert Run.open(tmp_path / "a").status == FAILED  # not what --resume takes by itself
     with pytest.raises(BadTrainingData, match=r"eval_data: nowhere\.txt: expected a text file"):
         train(checkpoint, short, tmp_path / "b", eval_data="nowhere.txt")
+    with pytest.raises(BadTrainingData, match=r"nowhere\.txt: no such file or folder"):
+        train(checkpoint, tmp_path / "nowhere.txt", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_metrics_are_json_lines(reference: Run) -> None:
