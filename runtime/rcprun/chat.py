@@ -20,6 +20,8 @@ from typing import Any
 from rcprun.errors import BadRequest, ChatTemplateError
 
 _CHILD = Path(__file__).with_name("template_child.py")
+_LONGEST_REASON = 500
+"""Characters of the template's own words that an error message repeats."""
 _PASSED_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
 Message = Mapping[str, Any]
@@ -47,6 +49,13 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise BadRequest(f"messages[{index}]: expected an object with a role and a content, found {message!r}")
 
 
+def require_template(template: str | None) -> str:
+    """The template. Raises ChatTemplateError when there is none."""
+    if template is None:
+        raise ChatTemplateError("this model has no chat template; use a plain prompt, without --chat")
+    return template
+
+
 def render_chat(
     template: str | None,
     messages: Sequence[Message],
@@ -61,8 +70,7 @@ def render_chat(
     Raises ChatTemplateError when there is no template, or when it fails, refuses the messages (`raise_exception`) or
     exceeds a limit; BadRequest for messages that are none.
     """
-    if template is None:
-        raise ChatTemplateError("this model has no chat template; use a plain prompt, without --chat")
+    template = require_template(template)
     check_messages(messages)
     limits = limits or TemplateLimits()
     variables = {
@@ -100,8 +108,8 @@ def render_chat(
         last_words = child.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"status {child.returncode}"
         raise ChatTemplateError(
             f"the process that renders the model's chat template died within its limits of {limits.memory >> 20} MiB "
-            f"and {limits.seconds:g} s: {last_words}"
+            f"and {limits.seconds:g} s: {last_words[:_LONGEST_REASON]}"
         ) from None
     if "error" in answer:
-        raise ChatTemplateError(f"the model's chat template failed: {answer['error']}")
+        raise ChatTemplateError(f"the model's chat template failed: {answer['error'][:_LONGEST_REASON]}")
     return str(answer["text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rcprun.errors import INTERRUPTED_EXIT_CODE, BadRequest, ContextOverflow, OutOfMemory, RcpRunError
+from rcprun.errors import INTERRUPTED_EXIT_CODE, BadRequest, ContextOverflow, InputOutputError, OutOfMemory, RcpRunError
 
 if TYPE_CHECKING:
     from rcprun.engine import Generation, GenerationResult
@@ -23,6 +24,7 @@ Exit codes:
   2  bad option, prompt or ids    6  download from the Hub failed
   3  bad or missing model file    7  chat template missing or failed
   4  prompt exceeds the context   8  out of memory
+  9  reading or writing failed
   130  interrupted by Ctrl-C; what was generated and the summary are printed
 """
 
@@ -98,8 +100,9 @@ def run(
 ) -> None:
     """Generate text with MODEL: a .rcp file, or user/repo or hf://user/repo/file.rcp on the Hugging Face Hub.
 
-    The prompt comes from --prompt, from -f FILE, or from standard input when that is a pipe or a file. The text goes to
-    standard output as it is generated, a summary to standard error.
+    The prompt comes from --prompt, from -f FILE, or from standard input when that is a pipe or a file; one newline at
+    the end of a file or of standard input is dropped. The text goes to standard output as it is generated, a summary to
+    standard error.
 
     Tokens are chosen in this order: repeat penalty, top-k, top-p, min-p, temperature.
 
@@ -111,9 +114,11 @@ def run(
         talk = chat and prompt is None and prompt_file is None
         if talk and as_json:
             raise BadRequest("--json goes with a prompt; it cannot be used to talk turn by turn")
-        text = "" if talk else _read_prompt(prompt, prompt_file)
         from rcprun.model import DEFAULT_MAX_TOKENS, load
+        from rcprun.sampling import SamplingOptions
 
+        SamplingOptions.with_defaults({}, **sampling)  # refuses what is out of range before anything takes time
+        text = "" if talk else _read_prompt(prompt, prompt_file)
         loaded = load(model, backend=backend, context=context, verify=verify)
         options = sampling | {"stop": stop, "max_tokens": max_tokens}
         if talk:
@@ -133,9 +138,7 @@ def run(
 
 @main.command(epilog=EXIT_CODES)
 @_model_options
-@click.option(
-    "--tokens", "tokens_file", type=click.File(encoding="utf-8"), required=True, help="JSON lines; - is standard input."
-)
+@click.option("--tokens", "tokens_file", type=click.File("rb"), required=True, help="JSON lines; - is standard input.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to standard output.")
 @click.option("--top1", is_flag=True, help="Add the likeliest next token after each token.")
 @click.option("--logits", type=click.Path(dir_okay=False, path_type=Path), help="Write all logits to this .npy file.")
@@ -175,13 +178,17 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
             source = sys.stdin.buffer
             if source.isatty():
                 raise BadRequest("no prompt; give one with --prompt, with -f, or on standard input")
-        try:
-            prompt = source.read().decode()
-        except UnicodeDecodeError as error:
-            raise BadRequest(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
+        prompt = re.sub(r"\r?\n\Z", "", _decode(source.read()))
     if not prompt:
         raise BadRequest("the prompt is empty; give some text")
     return prompt
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _show(generation: Generation, out: Any) -> bool:
@@ -209,23 +216,21 @@ def _talk(model: Model, system: str | None, options: dict[str, Any]) -> None:
     click.echo("/clear forgets the conversation, /exit ends it.", err=True)
     while True:
         click.echo("> ", err=True, nl=False)
+        line = sys.stdin.buffer.readline()
         try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise BadRequest(f"the input is not UTF-8: {error.reason}") from None
-        text = line.strip()
-        if not line or text == "/exit":
-            return
-        if text == "/clear":
-            conversation.clear()
-        elif text:
-            try:
+            text = _decode(line).strip()
+            if not line or text == "/exit":
+                return
+            if text == "/clear":
+                conversation.clear()
+            elif text:
                 generation = conversation.send(text, **options)
-            except ContextOverflow as error:
-                click.echo(f"{error}, or /clear", err=True)
-                continue
-            _show(generation, sys.stdout)
-            _summarize(model, generation.result)
+                _show(generation, sys.stdout)
+                _summarize(model, generation.result)
+        except ContextOverflow as error:
+            click.echo(f"{error}, or /clear", err=True)
+        except BadRequest as error:
+            click.echo(error, err=True)
 
 
 def _as_json(model: Model, result: GenerationResult) -> str:
@@ -288,6 +293,11 @@ def _errors_to_exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(err=True)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:  # whoever read the output has enough; click ends quietly
+        raise
+    except OSError as error:
+        sys.stdout = io.StringIO()  # what the old one may still hold cannot be written at exit either
+        _fail(InputOutputError(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}"))
 
 
 def _fail(error: RcpRunError) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from rcpformat.errors import brief
 from rcprun.backends import Backend
 from rcprun.errors import BadRequest, ContextOverflow
 from rcprun.sampling import Sampler
@@ -70,7 +71,7 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, context: int) -> list[i
     out = []
     for place, token in enumerate(tokens):
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-            raise BadRequest(f"token {place}: expected an id from 0 to {vocab_size - 1}, found {token!r}")
+            raise BadRequest(f"token {place}: expected an id from 0 to {vocab_size - 1}, found {brief(token)}")
         out.append(int(token))
     if len(out) > context:
         raise ContextOverflow(f"{len(out)} tokens do not fit into the context of {context}; shorten them, or --context")

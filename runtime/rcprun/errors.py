@@ -56,5 +56,11 @@ class OutOfMemory(RcpRunError):
     exit_code = 8
 
 
+class InputOutputError(RcpRunError):
+    """The system does not let input be read or output be written: no such folder, no permission, disk full."""
+
+    exit_code = 9
+
+
 INTERRUPTED_EXIT_CODE = 130
 """What `rcp-run` returns after Ctrl-C (128 + SIGINT), as shells do."""

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from rcpformat.errors import FormatError
+from rcpformat.errors import FormatError, brief
 from rcprun.errors import BadModelFile, HubError
 
 SCHEME = "hf://"
@@ -24,8 +24,11 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """
     path = Path(name)
     text = os.fspath(name)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise BadModelFile(f"{brief(text)}: expected the path of a model file, found: {error.strerror}") from error
     if text.startswith(SCHEME):
         owner, _, rest = text.removeprefix(SCHEME).partition("/")
         repository, _, filename = rest.partition("/")

@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 from rcpformat.errors import FormatError, UnreadableFile
 from rcpformat.reader import RcpFile
 from rcprun import backends, hub
-from rcprun.chat import Message, render_chat
+from rcprun.chat import Message, render_chat, require_template
 from rcprun.engine import Generation, GenerationResult, Piece, check_tokens
 from rcprun.errors import BadModelFile, BadRequest
 from rcprun.sampling import Sampler, SamplingOptions
@@ -48,10 +48,8 @@ def load(
         if context is not None and not 1 <= context <= trained:
             raise BadRequest(f"context: expected from 1 to {trained} tokens, as the model was trained; found {context}")
         return Model(file, backends.create(backend, file, context or trained))
-    except UnreadableFile as error:
+    except (UnreadableFile, FormatError) as error:
         raise BadModelFile(str(error)) from error
-    except FormatError as error:
-        raise BadModelFile(f"{path}: {error}") from error
 
 
 class Model:
@@ -130,7 +128,8 @@ class Model:
         return check_tokens(self.tokenizer.encode_raw(text), self.file.architecture.vocab_size, self.context)
 
     def conversation(self, system: str | None = None) -> Conversation:
-        """A chat of several turns that computes only what is new in each."""
+        """A chat of several turns that computes only what is new in each. Raises ChatTemplateError without template."""
+        require_template(self.tokenizer.info.chat_template)
         return Conversation(self, system)
 
     def score(self, tokens: Sequence[int]) -> SequenceScore:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rcpformat.spec import GENERATION_LIMITS
 from rcprun.errors import BadModelFile, BadRequest
 
 REPEAT_WINDOW = 64
@@ -58,11 +59,14 @@ class SamplingOptions:
     @classmethod
     def with_defaults(cls, defaults: Mapping[str, Any], **chosen: Any) -> Self:
         """The chosen values that are not None, else the model's defaults (`rcp.generation`), else the class's."""
-        known = {item.name for item in fields(cls)}
-        values = {name: value for name, value in defaults.items() if name in known and value is not None}
-        if isinstance(values.get("top_k"), float) and values["top_k"].is_integer():
-            values["top_k"] = int(values["top_k"])  # JSON writers may turn 40 into 40.0
+        values = {name: value for name, value in defaults.items() if name in GENERATION_LIMITS}
         return cls(**(values | {name: value for name, value in chosen.items() if value is not None}))
+
+
+def check_finite(logits: NDArray[np.float32]) -> None:
+    """Raise BadModelFile for logits, of any shape, that are infinite or not a number."""
+    if not np.isfinite(logits).all():
+        raise BadModelFile("the model gave logits that are not finite numbers; the file's weights make no sense")
 
 
 def penalize(logits_V: NDArray[np.float32], recent: Sequence[int], penalty: float) -> NDArray[np.float32]:
@@ -108,8 +112,7 @@ class Sampler:
 
     def sample(self, logits_V: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token's id. history: all tokens so far, of which the last REPEAT_WINDOW count."""
-        if not np.isfinite(logits_V).all():
-            raise BadModelFile("the model gave logits that are not finite numbers; the file's weights make no sense")
+        check_finite(logits_V)
         if self.options.repeat_penalty != 1:
             logits_V = penalize(logits_V, history[-REPEAT_WINDOW:], self.options.repeat_penalty)
         if self.options.temperature == 0:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from rcprun.backends import Backend
 from rcprun.engine import check_tokens
-from rcprun.errors import BadRequest, ContextOverflow
+from rcprun.errors import BadRequest, ContextOverflow, InputOutputError
+from rcprun.sampling import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +42,29 @@ def score_sequence(
 ) -> SequenceScore:
     """Score checked tokens as a fresh sequence; what the backend's cache held is lost.
 
-    logits_NV: filled, when given, with the logits after each of the tokens.
+    logits_NV: filled, when given, with the logits after each of the tokens. Raises BadModelFile for logits that are not
+    finite.
     """
     backend.truncate(0)
     token_logprobs: list[float] = []
     top1: list[int] = []
     for block_MV in backend.forward_all(tokens):
+        check_finite(block_MV)
         start = len(top1)
         if logits_NV is not None:
             logits_NV[start : start + len(block_MV)] = block_MV
         top1 += block_MV.argmax(axis=1).tolist()
         next_M = np.asarray(tokens[start + 1 : start + 1 + len(block_MV)], dtype=np.int64)
-        shifted_MV = block_MV[: len(next_M)] - block_MV[: len(next_M)].max(axis=1, keepdims=True)
-        chosen_M = shifted_MV[np.arange(len(next_M)), next_M].astype(np.float64)
+        largest_M = block_MV[: len(next_M)].max(axis=1)
+        chosen_M = block_MV[np.arange(len(next_M)), next_M].astype(np.float64) - largest_M
+        with np.errstate(over="ignore"):  # -inf is the right limit of a distance beyond float32
+            shifted_MV = block_MV[: len(next_M)] - largest_M[:, None]
         total_M = np.exp(shifted_MV, out=shifted_MV).sum(axis=1, dtype=np.float64)
         token_logprobs += (chosen_M - np.log(total_M)).tolist()
     return SequenceScore(token_logprobs=token_logprobs, top1=top1)
 
 
-def read_sequences(lines: Iterable[str], vocab_size: int, context: int) -> list[list[int]]:
+def read_sequences(lines: Iterable[bytes], vocab_size: int, context: int) -> list[list[int]]:
     """The sequences in JSON lines, each a list of token ids or an object with one under "tokens"; blank lines are none.
 
     Raises BadRequest or ContextOverflow, naming the line.
@@ -69,22 +74,24 @@ def read_sequences(lines: Iterable[str], vocab_size: int, context: int) -> list[
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode())
             tokens = value.get("tokens") if isinstance(value, dict) else value
             if not isinstance(tokens, list):
                 raise BadRequest('expected a list of token ids, or an object with one under "tokens"')
             sequences.append(check_tokens(tokens, vocab_size, context))
-        except json.JSONDecodeError as error:
-            raise BadRequest(f"line {number}: not JSON: {error}") from error
         except (BadRequest, ContextOverflow) as error:
             raise type(error)(f"line {number}: {error}") from error
+        except RecursionError as error:
+            raise BadRequest(f"line {number}: not a list of token ids: nested too deeply") from error
+        except ValueError as error:  # neither UTF-8 nor JSON, or a number of thousands of digits
+            raise BadRequest(f"line {number}: not JSON: {error}") from error
     return sequences
 
 
 def score_file(
     backend: Backend,
     vocab_size: int,
-    lines: Iterable[str],
+    lines: Iterable[bytes],
     out: Path | None,
     top1: bool,
     logits: Path | None,
@@ -110,15 +117,17 @@ def score_file(
             score = score_sequence(backend, tokens, None if rows_NV is None else rows_NV[row : row + len(tokens)])
             row += len(tokens)
             line = {"n": len(tokens), "logprob": score.logprob, "token_logprobs": score.token_logprobs}
-            print(json.dumps(line | ({"top1": score.top1} if top1 else {})), file=sink, flush=True)
+            print(json.dumps(line | ({"top1": score.top1} if top1 else {}), allow_nan=False), file=sink, flush=True)
 
 
 @contextmanager
 def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     """A temporary path beside `path` to write to, renamed to it at the end, removed after an error.
 
-    Raises BadRequest when `path` exists and force is not set.
+    Raises BadRequest when `path` exists and force is not set, InputOutputError when its folder does not.
     """
+    if not path.parent.is_dir():
+        raise InputOutputError(f"{path}: {path.parent} is not a folder; choose another path")
     if path.exists() and not force:
         raise BadRequest(f"{path}: exists already; choose another name, or --force")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

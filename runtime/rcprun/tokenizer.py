@@ -6,8 +6,8 @@ there, and a stop string may begin in one token and end in another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rcpformat.architecture import TokenizerInfo
 from rcprun.errors import BadModelFile, BadRequest
@@ -15,8 +15,12 @@ from rcprun.errors import BadModelFile, BadRequest
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 4
 """Tokens of the prompt that a stream decodes with its first ones, so that spaces between them survive."""
+LONGEST_CHARACTER = 4
+"""Tokens that a character may be spread over: one for each byte."""
 LONGEST_PENDING = 8
 """Tokens that a stream holds back at most: a character has at most 4 bytes, so more are no character at all."""
+LONGEST_REASON = 500
+"""Characters of the library's own words that an error message repeats."""
 
 
 class Tokenizer:
@@ -25,10 +29,10 @@ class Tokenizer:
     def __init__(self, json_bytes: bytes, info: TokenizerInfo) -> None:
         from tokenizers import Tokenizer as Library
 
-        try:
+        with _library_call("read it"):
             self._library = Library.from_buffer(json_bytes)
-        except Exception as error:  # the library raises bare Exception for anything it cannot read
-            raise BadModelFile(f"tokenizer.json: the tokenizers library cannot read it: {error}") from error
+        self._library.no_truncation()
+        self._library.no_padding()
         self.info = info
 
     def encode(self, text: str) -> list[int]:
@@ -44,18 +48,35 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRequest(f"the prompt is not Unicode text: {error.reason} at character {error.start}") from None
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        with _library_call("encode a text with it"):
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of some ids. Bytes that are no UTF-8 become U+FFFD; ids without a token give nothing."""
-        text: str = self._library.decode(list(ids), skip_special_tokens=skip_special)
+        with _library_call("decode tokens with it"):
+            text: str = self._library.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def token(self, token_id: int | None) -> str:
         """The token's literal text, such as "<s>"; empty for None and for ids without one."""
-        found: Any = None if token_id is None else self._library.id_to_token(token_id)
+        if token_id is None:
+            return ""
+        with _library_call("look up a token in it"):
+            found: str | None = self._library.id_to_token(token_id)
         return found or ""
+
+
+@contextmanager
+def _library_call(purpose: str) -> Iterator[None]:
+    """Raise BadModelFile for whatever the library raises: bare Exception, and BaseException where its Rust panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error)[:LONGEST_REASON]
+        raise BadModelFile(f"tokenizer.json: the tokenizers library cannot {purpose}: {reason}") from error
 
 
 class TextStream:
@@ -63,9 +84,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._ids = list(prompt[-(CONTEXT_TOKENS + LONGEST_CHARACTER - 1) :])
         self._shown = len(self._ids)
-        self._start = 0
+        self._start = self._character_start(max(0, len(self._ids) - CONTEXT_TOKENS))
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
@@ -76,7 +97,7 @@ class TextStream:
         if len(after) > len(before):
             self._start = self._shown
         else:  # a token without text; the context stays, but not for ever
-            self._start = max(self._start, len(self._ids) - LONGEST_PENDING)
+            self._start = max(self._start, self._character_start(len(self._ids) - LONGEST_PENDING))
         self._shown = len(self._ids)
         return after[len(before) :]
 
@@ -85,6 +106,16 @@ class TextStream:
         before, after = self._texts()
         self._start = self._shown = len(self._ids)
         return after[len(before) :]
+
+    def _character_start(self, start: int) -> int:
+        """`start`, or the token before it at which the character begins that `start` would cut.
+
+        Half a character does more harm than its own loss: byte fallback gives up the whole run of bytes it is in.
+        """
+        for earlier in range(start, max(-1, start - LONGEST_CHARACTER), -1):
+            if not self._tokenizer.decode(self._ids[earlier : self._shown]).startswith(REPLACEMENT):
+                return earlier
+        return start
 
     def _texts(self) -> tuple[str, str]:
         """The text of the context tokens alone, and with the pending tokens after them."""

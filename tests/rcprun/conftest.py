@@ -22,19 +22,23 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., Path]:
-    """write_model(name="m.rcp", architecture=…, quantization=…, generation=…, **tokenizer fields) -> its path."""
+    """write_model(name="m.rcp", architecture=…, …, scale=of all linear layers, **tokenizer fields) -> its path."""
 
     def write(
         name: str = "m.rcp",
         architecture: Architecture = TINY,
         quantization: Quantization = LDP,
         generation: dict[str, Any] | None = None,
+        scale: float | None = None,
         **tokenizer_fields: Any,
     ) -> Path:
         architecture = replace(architecture, vocab_size=BYTE_VOCABULARY)
         metadata, tensors = random_model(architecture, quantization, seed=1)
         metadata = replace(metadata, tokenizer=info(**tokenizer_fields), generation=generation or {})
         tensors["tokenizer.json"] = np.frombuffer(byte_level_json(), dtype=np.uint8)
+        if scale is not None:
+            for tensor in (tensors[key] for key in tensors if key.startswith("layers.") and key.endswith(".scale")):
+                tensor[:] = scale
         path = tmp_path / name
         write_rcp(path, metadata, sources(tensors), force=True)
         return path

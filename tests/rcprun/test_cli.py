@@ -92,6 +92,16 @@ def test_sampling_options_reach_the_sampler(write_model: WriteModel) -> None:
     assert run(path, "--prompt", "abc", "-n", 10, "--repeat-penalty", 100).stdout != greedy
 
 
+def test_one_newline_at_the_end_of_a_file_is_dropped(path: Path, tmp_path: Path) -> None:
+    def prompt_tokens(*arguments: object, stdin: bytes | None = None) -> int:
+        return int(json.loads(run(path, "-n", 1, "--json", *arguments, stdin=stdin).stdout)["prompt_tokens"])
+
+    (tmp_path / "prompt.txt").write_bytes(b"ab\r\n")
+    assert prompt_tokens("-f", tmp_path / "prompt.txt") == prompt_tokens(stdin=b"ab\n") == 3
+    assert prompt_tokens(stdin=b"ab\n\n") == prompt_tokens("--prompt", "ab\n") == 4
+    fails(2, "the prompt is empty", path, stdin="\n")
+
+
 def test_stop_strings(path: Path) -> None:
     whole = json.loads(run(path, "--prompt", "abc", "-n", 20, "--temp", 0, "--json").stdout)["text"]
     stop = whole[5:7]
@@ -126,6 +136,20 @@ def test_talk_goes_on_after_an_overflow(path: Path) -> None:
     assert result.stderr.count("prefill") == 1
 
 
+def test_talk_goes_on_after_bytes_that_are_no_text(path: Path) -> None:
+    result = run(path, "--chat", "-n", 1, stdin=b"caf\xe9\na\n")
+    assert result.exit_code == 0
+    assert "not UTF-8" in result.stderr
+    assert result.stderr.count("prefill") == 1
+
+
+def test_talk_that_cannot_work_fails_before_the_first_message(path: Path, write_model: WriteModel) -> None:
+    fails(2, "top_p", path, "--chat", "--top-p", 2, stdin="a\n")
+    result = run(write_model(), "--chat", stdin="a\n")
+    assert (result.exit_code, result.stdout) == (7, "")
+    assert result.stderr.startswith("rcp-run: this model has no chat template")
+
+
 def test_verify_checks_hashes(path: Path) -> None:
     assert run(path, "--verify", "--prompt", "a", "-n", 1).exit_code == 0
     damaged = bytearray(path.read_bytes())
@@ -144,6 +168,8 @@ def test_bad_files(tmp_path: Path, path: Path) -> None:
     fails(3, "no such file", tmp_path / "missing.rcp", "--prompt", "a")
     fails(3, "other.rcp", other, "--prompt", "a")
     fails(3, "cut.rcp", cut, "--prompt", "a")
+    assert run(cut, "--prompt", "a").stderr.count("cut.rcp") == 1
+    fails(3, "name too long", "x" * 5000, "--prompt", "a")
     fails(3, "folder", tmp_path, "--prompt", "a")
 
 
@@ -160,6 +186,7 @@ def test_bad_prompts(path: Path, tmp_path: Path) -> None:
 def test_bad_options(path: Path) -> None:
     fails(2, "temperature: expected a number of 0 or more", path, "--prompt", "a", "--temp", -1)
     fails(2, "top_p: expected a number from 0 to 1", path, "--prompt", "a", "--top-p", 2)
+    fails(2, "top_p: expected a number from 0 to 1", "missing.rcp", "--prompt", "a", "--top-p", 2)
     fails(2, "from 1 to 64 tokens", path, "-c", 65, "--prompt", "a")
     fails(2, "--system goes with --chat", path, "--system", "S", "--prompt", "a")
     fails(2, "--json", path, "--chat", "--json")
@@ -174,6 +201,7 @@ def test_no_gpu(path: Path) -> None:
 def test_chat_templates_that_fail(write_model: WriteModel) -> None:
     fails(7, "no chat template", write_model(), "--chat", "--prompt", "a")
     fails(7, "TemplateSyntaxError", write_model(chat_template="{% if %}"), "--chat", "--prompt", "a")
+    assert len(run(write_model(chat_template="{{ raise_exception('x' * 9999) }}"), "--chat", "-p", "a").stderr) < 600
     refusing = write_model(chat_template="{{ raise_exception('only\n for assistants') }}")
     fails(7, "only for assistants", refusing, "--chat", "--prompt", "a")
 
@@ -189,7 +217,7 @@ def test_out_of_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_the_exit_codes() -> None:
     for arguments in (["--help"], ["score", "--help"]):
         text = run(*arguments).stdout
-        assert all(f"  {code}  " in text for code in (0, 2, 3, 4, 5, 6, 7, 8, 130))
+        assert all(f"  {code}  " in text for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 130))
     assert "Usage: main [OPTIONS] MODEL" in run("--help").stdout
 
 
@@ -264,8 +292,31 @@ def test_score_writes_a_file_and_overwrites_only_when_told(path: Path, tmp_path:
         (2, "line 1: token 1: expected an id from 0 to 258, found 259", "[3, 259]\n"),
         (2, "line 1: token 0: expected an id", '["a"]\n'),
         (2, "line 1: the prompt is empty", "[]\n"),
+        (2, "line 1: not JSON", b"[3, \xe9]\n"),
+        (2, "line 1: not JSON", f"[{'9' * 5000}]\n"),
+        (2, "line 1: not a list of token ids: nested too deeply", "[" * 100_000 + "\n"),
         (4, "line 1: 65 tokens do not fit", f"{[3] * 65}\n"),
     ],
 )
-def test_score_refuses_bad_lines(path: Path, code: int, message: str, lines: str) -> None:
+def test_score_refuses_bad_lines(path: Path, code: int, message: str, lines: str | bytes) -> None:
     fails(code, message, "score", path, "--tokens", "-", stdin=lines)
+
+
+@pytest.mark.parametrize("option", ["--out", "--logits"])
+def test_score_into_a_folder_that_is_not_there(path: Path, tmp_path: Path, option: str) -> None:
+    fails(9, "not a folder", "score", path, "--tokens", "-", option, tmp_path / "no" / "x", stdin="[3]\n")
+
+
+def test_score_of_weights_that_overflow(write_model: WriteModel) -> None:
+    path = write_model(scale=3e38)
+    fails(3, "not finite", "score", path, "--tokens", "-", stdin="[3, 4]\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk(path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "rcprun", str(path), "--prompt", "a", "-n", "4"]
+    with open("/dev/full", "wb") as full:
+        child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert child.returncode == 9
+    assert child.stderr.startswith(b"rcp-run: ") and child.stderr.count(b"\n") == 1

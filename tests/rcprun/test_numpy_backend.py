@@ -200,3 +200,18 @@ def test_reference_takes_int8_rows_at_their_word(write_model: Callable[..., Path
     scale = np.abs(h).max() / 127
     logits = (file.tensor("head.weight").astype(np.int64) @ np.rint(h / scale).astype(np.int64)) * scale
     np.testing.assert_allclose(reference.head(row[None])[0], logits * file.tensor("head.scale"), rtol=1e-4, atol=1e-3)
+
+
+def test_cache_survives_a_growth_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(TINY, bits=4, context=1024)
+    capacity, nbytes = cache.capacity, cache.nbytes
+
+    def explode(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(np, "empty", explode)
+        cache.reserve(1000)
+    assert (cache.capacity, cache.nbytes) == (capacity, nbytes)
+    cache.reserve(1000)
+    assert cache.capacity == 1000

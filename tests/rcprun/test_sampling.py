@@ -125,6 +125,6 @@ def test_options_out_of_range(bad: dict[str, object]) -> None:
 
 def test_models_defaults_fill_in_what_is_not_chosen() -> None:
     options = SamplingOptions.with_defaults(
-        {"temperature": 0.6, "top_k": 50.0, "unknown": 1}, temperature=0.0, top_p=None, seed=5
+        {"temperature": 0.6, "top_k": 50, "unknown": 1}, temperature=0.0, top_p=None, seed=5
     )
     assert options == SamplingOptions(temperature=0.0, top_k=50, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed=5)

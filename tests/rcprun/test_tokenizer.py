@@ -1,5 +1,6 @@
 """Encoding, streaming of text without half characters, and stop strings."""
 
+import json
 import random
 
 import pytest
@@ -47,6 +48,25 @@ def test_unreadable_tokenizer() -> None:
         Tokenizer(b'{"model": {}}', info())
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    ],
+)
+def test_panics_of_the_library_are_errors_of_the_file(part: dict[str, object]) -> None:
+    with pytest.raises(BadModelFile, match=r"tokenizer\.json: the tokenizers library cannot"):
+        Tokenizer(json.dumps(json.loads(byte_level_json()) | part).encode(), info()).encode("hello")
+
+
+def test_truncation_and_padding_of_the_file_are_not_done() -> None:
+    library = Library.from_str(byte_level_json().decode())
+    library.enable_truncation(3)
+    library.enable_padding(length=40)
+    assert Tokenizer(library.to_str().encode(), info()).encode_raw("hello") == byte_ids("hello")
+
+
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadRequest, match="not Unicode"):
         tokenizer.encode("a\udce9")
@@ -89,6 +109,23 @@ def test_space_between_prompt_and_reply_survives(byte_fallback: Tokenizer) -> No
     reply = byte_fallback.encode_raw("world")
     assert "".join(stream(byte_fallback, reply, prompt)) == " world"
     assert "".join(stream(byte_fallback, reply)) == "world"
+
+
+def test_characters_of_the_prompt_do_not_garble_the_reply(byte_fallback: Tokenizer) -> None:
+    """Half a character in the decoded context would make the whole run of bytes after it replacement characters."""
+    rng = random.Random(0)
+    for _ in range(200):
+        prompt, reply = ("".join(rng.choices("! é你🙂", k=6)) for _ in range(2))
+        before, after = byte_fallback.encode_raw("!" + prompt), byte_fallback.encode_raw("!" + prompt + reply)
+        assert after[: len(before)] == before
+        assert "".join(stream(byte_fallback, after[len(before) :], before)) == reply
+
+
+def test_characters_around_tokens_without_text_survive(byte_fallback: Tokenizer) -> None:
+    special = 1
+    for count in range(12):
+        ids = [*byte_fallback.encode_raw("你好"), *[special] * count, *byte_fallback.encode_raw("é!")[1:]]
+        assert "".join(stream(byte_fallback, ids)) == "你好é!"
 
 
 def feed(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:

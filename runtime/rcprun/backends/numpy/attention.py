@@ -29,9 +29,9 @@ def attend(cache: KVCache, layer: int, q_MHD: Float32Array, start: int, window: 
     first = 0 if window is None else max(0, start - window + 1)
     tokens = slice(first, start + count)
     visible = tokens.stop - tokens.start
+    position_M, position_T = np.arange(start, tokens.stop), np.arange(first, tokens.stop)
     q_GRMD = q_MHD.reshape(count, kv_heads, heads // kv_heads, width).transpose(1, 2, 0, 3)
     out_GRMD = np.empty(q_GRMD.shape, dtype=np.float32)
-    hidden_MT = _hidden(start, count, first, window) if count > 1 else None
     groups_at_once = max(1, _SCRATCH_BYTES // (4 * visible * width))
     queries_at_once = max(1, _SCRATCH_BYTES // (4 * visible * heads))
     for group in range(0, kv_heads, groups_at_once):
@@ -40,7 +40,7 @@ def attend(cache: KVCache, layer: int, q_MHD: Float32Array, start: int, window: 
         values = cache.read(layer, VALUE, groups, tokens)
         for query in range(0, count, queries_at_once):
             queries = slice(query, query + queries_at_once)
-            hidden = None if hidden_MT is None else hidden_MT[queries]
+            hidden = _hidden(position_M[queries], position_T, window) if count > 1 else None
             out_GRMD[groups, :, queries] = _attend(q_GRMD[groups, :, queries], keys, values, hidden)
     return out_GRMD.transpose(2, 0, 1, 3).reshape(count, heads, width)
 
@@ -65,8 +65,9 @@ def _attend(
     return out_GQD.reshape(shape)
 
 
-def _hidden(start: int, count: int, first: int, window: int | None) -> NDArray[np.bool_]:
-    """(M, T): which keys, from position `first` on, a query may not see."""
-    distance_MT = np.arange(start, start + count)[:, None] - np.arange(first, start + count)[None, :]
-    hidden_MT = distance_MT < 0
-    return hidden_MT if window is None else hidden_MT | (distance_MT >= window)
+def _hidden(query_M: NDArray[np.int64], key_T: NDArray[np.int64], window: int | None) -> NDArray[np.bool_]:
+    """(M, T): which keys a query may not see, by their positions."""
+    hidden_MT: NDArray[np.bool_] = key_T > query_M[:, None]
+    if window is not None:
+        hidden_MT |= key_T <= query_M[:, None] - window
+    return hidden_MT

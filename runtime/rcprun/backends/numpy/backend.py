@@ -22,6 +22,8 @@ BLOCK_TOKENS = 256
 """Tokens that go through all layers at a time."""
 _LOGITS_BYTES = 64 << 20
 """Largest block of logits, where a single row is not larger."""
+_OVERFLOWS_QUIETLY = np.errstate(all="ignore")
+"""Whoever uses the logits refuses those that are not finite, with a message of its own."""
 
 
 class NumpyBackend:
@@ -75,18 +77,23 @@ class NumpyBackend:
         self._cache.reserve(self._length + len(tokens))
         for begin in range(0, len(tokens), BLOCK_TOKENS):
             token_M = np.asarray(tokens[begin : begin + BLOCK_TOKENS], dtype=np.int64)
-            x_MD = self._embed(token_M)
-            start = self._length
-            positions = np.arange(start, start + len(token_M))
-            rope = arithmetic.rope_tables(positions, self._inv_freq, self._architecture.rope_attention_factor)
-            for layer in self._layers:
-                x_MD = layer(x_MD, rope, self._cache, start)
-            self._length = start + len(token_M)
-            yield x_MD
+            yield self._block(token_M)
+
+    @_OVERFLOWS_QUIETLY
+    def _block(self, token_M: NDArray[np.int64]) -> Float32Array:
+        x_MD = self._embed(token_M)
+        start = self._length
+        positions = np.arange(start, start + len(token_M))
+        rope = arithmetic.rope_tables(positions, self._inv_freq, self._architecture.rope_attention_factor)
+        for layer in self._layers:
+            x_MD = layer(x_MD, rope, self._cache, start)
+        self._length = start + len(token_M)
+        return x_MD
 
     def _embed(self, token_M: NDArray[np.int64]) -> Float32Array:
         x_MD = self._embedding[token_M].astype(np.float32)
         return x_MD if self._embedding_scale is None else x_MD * self._embedding_scale[token_M][:, None]
 
+    @_OVERFLOWS_QUIETLY
     def _logits(self, x_MD: Float32Array) -> Float32Array:
         return self._head(arithmetic.rms_normalize(x_MD, self._architecture.rms_norm_eps))

@@ -52,11 +52,12 @@ class KVCache:
         if length <= self.capacity:
             return
         old = self.capacity
-        self.capacity = min(self.context, max(length, 2 * old))
-        codes = np.empty((*self._sites, self.capacity, self._bytes), dtype=np.uint8)
-        low, step = (np.empty((*self._sites, self.capacity), dtype=np.float16) for _ in range(2))
+        capacity = min(self.context, max(length, 2 * old))
+        codes = np.empty((*self._sites, capacity, self._bytes), dtype=np.uint8)
+        low, step = (np.empty((*self._sites, capacity), dtype=np.float16) for _ in range(2))
         codes[..., :old, :], low[..., :old], step[..., :old] = self._codes, self._low, self._step
-        self._codes, self._low, self._step = codes, low, step
+        # All at once and last: memory may run out or Ctrl-C come before.
+        self._codes, self._low, self._step, self.capacity = codes, low, step, capacity
 
     def write(self, layer: int, site: int, start: int, x_MGD: Float32Array, clip: np.float32) -> None:
         """Quantize the keys or values (site) of M tokens and store them at positions start, start + 1, …"""
