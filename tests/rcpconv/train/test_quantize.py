@@ -169,6 +169,30 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_weights(
     assert_same_result(resume(folder), reference)
 
 
+@pytest.mark.slow
+def test_killed_fifty_times_at_random_moments(reference: Run, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """From set-up to the last write; a checkpoint after every step, so that many of the kills hit one."""
+    chance, kills, trainings = random.Random(1), 0, 0
+    more = {"eval_data": str(text), "max_eval_tokens": 1000, "eval_every": 8, "checkpoint_every": 1}
+    while kills < 50:
+        trainings += 1
+        folder = tmp_path / str(trainings)
+
+        def go_on(folder: Path = folder) -> int:
+            if folder.exists():
+                resume(folder)
+            else:
+                train(checkpoint, text, folder, **more)
+            return 0
+
+        while not folder.exists() or Run.open(folder).status != FINISHED:
+            child = in_child(go_on, tmp_path / "log")
+            time.sleep(chance.random() ** 2)
+            os.kill(child, signal.SIGKILL)
+            kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert_same_result(Run.open(folder), reference)
+
+
 def test_ctrl_c_saves_exits_130_and_says_how_to_go_on(
     reference: Run, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
