@@ -37,7 +37,7 @@ class HeaderTooLarge(FormatError):
 
 
 class BadJson(FormatError):
-    """Text that must be JSON is not: encoding, syntax, NaN, a number out of range, nesting, a lone surrogate."""
+    """Text is not the JSON it must be: encoding, syntax, NaN, numbers, nesting, separators, a lone surrogate."""
 
 
 class DuplicateKey(FormatError):

@@ -33,6 +33,10 @@ MAX_JSON_DEPTH = 64
 """Arrays and objects inside one another, the outermost counted."""
 MAX_JSON_NUMBER = 40
 """Characters in a JSON number."""
+MAX_JSON_SEPARATORS = 1 << 20
+"""`[`, `{` and `,` in a JSON text, strings included: they bound the objects that it becomes in memory."""
+MAX_TOKENIZER_SEPARATORS = 4 << 20
+"""The same in tokenizer.json: a vocabulary of 2^18 with twice as many merges has half of them."""
 MAX_DIMENSIONS = 8
 """Entries in a tensor's shape."""
 MAX_NAME = 256

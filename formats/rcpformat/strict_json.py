@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from rcpformat.errors import BadJson, DuplicateKey, brief
-from rcpformat.spec import MAX_JSON_DEPTH, MAX_JSON_NUMBER
+from rcpformat.spec import MAX_JSON_DEPTH, MAX_JSON_NUMBER, MAX_JSON_SEPARATORS
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -47,15 +47,21 @@ def _is_deeper_than(value: Any, depth: int) -> bool:
     return any(isinstance(item, (dict, list)) for item in level)
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, max_separators: int = MAX_JSON_SEPARATORS) -> Any:
     """Parse by the rules of SPEC.md section 1. `where` names the text in errors.
 
-    Raises DuplicateKey, or BadJson for everything else: not UTF-8, syntax, NaN and infinities, numbers too long
-    or too large, nesting too deep, lone surrogates.
+    max_separators: the most `[`, `{` and `,` it may hold. They are counted first, so that a small text cannot become
+    gigabytes of objects.
+
+    Raises DuplicateKey, or BadJson for everything else: not UTF-8, too many separators, syntax, NaN and infinities,
+    numbers too long or too large, nesting too deep, lone surrogates.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        separators = sum(map(text.count, "[{,"))
+        if separators > max_separators:
+            raise BadJson(f"{separators} of [ {{ and , where the limit is {max_separators}")
         value = json.loads(
             text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_constant
         )

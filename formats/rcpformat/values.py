@@ -161,7 +161,7 @@ def check_tokenizer(name: str, array: Array) -> None:
     if array.size > spec.MAX_TOKENIZER_BYTES:
         raise BadTokenizer(f"{name}: expected at most {spec.MAX_TOKENIZER_BYTES} bytes, found {array.size}")
     try:
-        tokenizer = parse_json(array.tobytes(), name)
+        tokenizer = parse_json(array.tobytes(), name, max_separators=spec.MAX_TOKENIZER_SEPARATORS)
     except FormatError as error:
         raise BadTokenizer(f"{error}; expected the bytes of a Hugging Face tokenizer.json") from error
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):

@@ -23,6 +23,7 @@ from rcpconv.checkpoint.tensors import TensorStore
 from rcpconv.checkpoint.tokenizer import TokenizerFiles, read_hf_tokenizer, read_meta_tokenizer
 from rcpconv.errors import CheckpointNotFound, UnsupportedFormat
 from rcpformat.architecture import Architecture
+from rcpformat.spec import GENERATION_LIMITS
 
 DEMO = "demo"
 """The name of the small model that comes with the package."""
@@ -110,14 +111,8 @@ def _find(
     return folder, folder.name
 
 
-_SAMPLING: dict[str, tuple[str, type[int] | type[float], float, float]] = {
-    "temperature": ("temperature", float, 0, 100),
-    "top_k": ("top_k", int, 0, 1 << 24),
-    "top_p": ("top_p", float, 1e-6, 1),
-    "min_p": ("min_p", float, 0, 1),
-    "repetition_penalty": ("repeat_penalty", float, 1e-6, 100),
-}
-"""generation_config.json's name -> (the file's name, type, lowest and highest value)."""
+_OTHER_NAMES = {"repeat_penalty": "repetition_penalty"}
+"""The file's name of a sampling setting -> generation_config.json's, where they differ."""
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
@@ -128,9 +123,10 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
     if generation.get("do_sample") is False:
         return {}
     settings: dict[str, float] = {}
-    for source, (name, kind, low, high) in _SAMPLING.items():
-        value = generation.get(source)
-        if isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high:
+    for name, (low, high) in GENERATION_LIMITS.items():
+        value = generation.get(_OTHER_NAMES.get(name, name))
+        kinds = int if name == "top_k" else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
             settings[name] = value
     return settings
 

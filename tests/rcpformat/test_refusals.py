@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from rcpformat.errors import (
     WrongDtype,
     WrongShape,
 )
+from rcpformat.strict_json import parse_json
 from tiny_rcp import random_metadata, write_random
 from vectors.make_vectors import (
     FOLDER,
@@ -296,6 +298,40 @@ def test_a_long_metadata_value_is_refused(tmp_path: Path) -> None:
     path.write_bytes(metadata(PROVENANCE, lambda _: '{"a":"' + "é" * (8 << 20) + '"}')(file))
     with pytest.raises(HeaderTooLarge, match=r"rcp\.provenance"):
         RcpFile.open(path)
+
+
+def empty_lists(separators: int) -> str:
+    """A JSON array with that many of `[` and `,` in it; even."""
+    return "[" + ",".join(["[]"] * (separators // 2)) + "]"
+
+
+def escaped_commas(file: bytes) -> bytes:
+    """Too many separators in a metadata value, few in the header."""
+    commas = metadata(PROVENANCE, lambda _: '{"a":[' + "true," * spec.MAX_JSON_SEPARATORS + "true]}")
+    return header_text(lambda text: text.replace("true,", r"true\u002c"))(commas(file))
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (header_text(lambda text: text[:-1] + f',"x.a":{empty_lists(spec.MAX_JSON_SEPARATORS)}}}'), BadJson),
+        (escaped_commas, BadJson),
+        (tokenizer(f'{{"model":{{"a":{empty_lists(spec.MAX_TOKENIZER_SEPARATORS)}}}}}'.encode()), BadTokenizer),
+    ],
+    ids=["header", "metadata", "tokenizer"],
+)
+def test_a_text_of_many_small_values_is_refused_before_it_is_parsed(
+    tmp_path: Path, make: Callable[[bytes], bytes], error: type[FormatError]
+) -> None:
+    path = tmp_path / "bad.rcp"
+    path.write_bytes(make((FOLDER / "good" / "minimal.rcp").read_bytes()))
+    assert opening_peak(path, error) < 5 * path.stat().st_size
+
+
+def test_the_most_separators() -> None:
+    assert parse_json('[{"a":","},0]', "text", max_separators=4) == [{"a": ","}, 0]
+    with pytest.raises(BadJson, match=r"text: .* found 4 of .* limit is 3"):
+        parse_json('[{"a":","},0]', "text", max_separators=3)
 
 
 def test_values_are_checked_by_every_way_to_them(tmp_path: Path) -> None:

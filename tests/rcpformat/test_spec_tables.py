@@ -35,7 +35,14 @@ def test_version() -> None:
 
 def test_limits() -> None:
     limits = [int(row[1]) for row in table("limit")]
-    assert limits == [spec.MAX_HEADER_BYTES, spec.MAX_METADATA_VALUE_BYTES, spec.MAX_TOKENIZER_BYTES, spec.MAX_NAME]
+    assert limits == [
+        spec.MAX_HEADER_BYTES,
+        spec.MAX_METADATA_VALUE_BYTES,
+        spec.MAX_TOKENIZER_BYTES,
+        spec.MAX_NAME,
+        spec.MAX_JSON_SEPARATORS,
+        spec.MAX_TOKENIZER_SEPARATORS,
+    ]
     assert f"nest at most {spec.MAX_JSON_DEPTH} deep" in TEXT
     assert f"has at most {spec.MAX_JSON_NUMBER} characters" in TEXT
     assert f"at most {spec.MAX_DIMENSIONS} integers" in TEXT

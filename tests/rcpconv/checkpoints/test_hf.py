@@ -339,6 +339,8 @@ def test_sampling_defaults_and_licence(llama: Path, tmp_path: Path) -> None:
     source = load_source(str(folder))
     assert source.generation == {"temperature": 0.7, "top_k": 40, "repeat_penalty": 1.1}
     assert source.provenance["license"] == "llama2"
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 0.0005, "top_k": 40.0}))
+    assert load_source(str(folder)).generation == {}
     (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": False}))
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     (folder / "LICENSE.txt").write_text("")
