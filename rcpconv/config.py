@@ -24,6 +24,8 @@ METHODS = ("ldp",)
 TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 PRECISIONS = ("auto", "bf16", "fp32")
+AUTO = "auto"
+"""Stands for a value that is decided from model and machine when a run begins."""
 SWITCH = ("auto", "on", "off")
 
 DEMO = "demo"
@@ -366,16 +368,16 @@ def build_config(model: str | None, recipe: Path | None, given: Mapping[str, Any
     """
     settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
     if (model or settings.get("model")) == DEMO:
-        settings = _beating(demo_recipe(), settings)
-    settings = _beating(settings, dict(given) | ({} if model is None else {"model": model}))
+        settings = beating(demo_recipe(), settings)
+    settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
 
 
-def _beating(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+def beating(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """All settings; steps and tokens are one setting in two forms."""
     if {"steps", "tokens"} & stronger.keys():
         weaker = {name: value for name, value in weaker.items() if name not in ("steps", "tokens")}
-    return weaker | stronger
+    return dict(weaker) | dict(stronger)
 
 
 def demo_recipe() -> dict[str, Any]:

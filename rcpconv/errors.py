@@ -94,6 +94,10 @@ class BadRun(ConversionError):
     """A run folder cannot be used: in use, incomplete, or of another recipe."""
 
 
+class NotSaved(ConversionError):
+    """What a run has to keep cannot be written: no room, or no permission."""
+
+
 class BadCompiler(ConversionError):
     """torch.compile was asked for, and changes what the model would learn."""
 

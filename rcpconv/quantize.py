@@ -18,8 +18,18 @@ from tokenizers import Tokenizer
 
 from rcpconv.baking import bake, weight_hashes
 from rcpconv.checkpoint import SourceModel, load_source
-from rcpconv.config import DEFAULT_CORPUS, DEMO, OPTIONS, SELF, QuantizeConfig, build_config, read_recipe
-from rcpconv.errors import BadRun, BadTrainingData, ConversionError
+from rcpconv.config import (
+    AUTO,
+    DEFAULT_CORPUS,
+    DEMO,
+    OPTIONS,
+    SELF,
+    QuantizeConfig,
+    beating,
+    build_config,
+    read_recipe,
+)
+from rcpconv.errors import BadOption, BadRun, BadTrainingData, ConversionError, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
@@ -33,6 +43,7 @@ from rcpconv.runs import (
     RUNNING,
     WEIGHT_HASHES,
     Run,
+    already_there,
     created,
     locked,
     new_run_folder,
@@ -78,6 +89,8 @@ def quantize(
     console = console or Console()
     root = runs_root(runs)
     if resume is not None:
+        if out is not None:
+            raise BadOption(f"out: {out}, but a resumed run stays in its folder; give --out or --resume, not both")
         run = newest_unfinished(root) if resume == NEWEST else Run.open(resume)
         with locked(run) as run:
             config = _same_config(run, model, settings, recipe)
@@ -85,13 +98,19 @@ def quantize(
             plan = make_plan(config, source.architecture, source.tied_embeddings, look_at_machine(config.device))
             if plan.architecture != run.architecture:
                 raise BadRun(f"{run.folder}: {source.name} is no longer the checkpoint that this run began with")
+            if dry_run:
+                plan.show(console)
+                return None
             console.print(f"Continuing {run.folder}", highlight=False, soft_wrap=True)
             if not force:
-                plan.require_machine(root)
+                plan.require_machine(run.folder)
             windows = _evaluation_windows(plan, source)
             run.update(status=RUNNING, reason=None)
             return _train(run, plan, source, windows, console)
     config = build_config(model, recipe, settings)
+    folder = out or new_run_folder(root, config.model)
+    if folder.exists():
+        raise already_there(folder)
     machine = look_at_machine(config.device)
     judged: list[Plan] = []
 
@@ -103,7 +122,7 @@ def quantize(
             raise _OnlyPlanned
         plan.show_summary(console)
         if not force:
-            plan.require_machine(root)
+            plan.require_machine(folder)
         judged.append(plan)
 
     try:
@@ -115,7 +134,6 @@ def quantize(
     plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
     windows = _evaluation_windows(plan, source)
     _streams(plan, source)
-    folder = out or new_run_folder(root, config.model)
     with created(folder, _record(plan, source), plan.config.to_toml(), source.tokenizer.json) as run:
         return _train(run, plan, source, windows, console)
 
@@ -146,7 +164,7 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
     """The run's configuration, with what may be changed changed. Raises BadRun for a run or setting that cannot be."""
     if run.status == FINISHED:
         raise BadRun(f"{run.folder}: already finished; export it with: rcpconv export --run {run.folder}")
-    asked = ({} if recipe is None else read_recipe(recipe)) | dict(settings)
+    asked = beating({} if recipe is None else read_recipe(recipe), settings)
     if model is not None:
         asked["model"] = model
     changes = {}
@@ -154,7 +172,7 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
         value, before = OPTIONS[name].check(name, value), getattr(run.config, name)
         if OPTIONS[name].free:
             changes[name] = value
-        elif value != before:
+        elif value not in (before, AUTO):  # what auto stood for was decided when the run began
             raise BadRun(
                 f"{name}: the run was started with {before!r}, now it is {value!r}; resume it unchanged, or start anew "
                 "without --resume"
@@ -166,7 +184,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     """Train, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
     try:
         student, evaluation = _train_and_evaluate(run, plan, source, windows, console)
-    except ConversionError as error:
+    except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
         run.update(status=FAILED, reason=str(error))
         raise
     with replacing(run.folder / BAKED) as temporary:

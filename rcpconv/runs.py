@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -248,13 +249,19 @@ def created(folder: Path, record: Mapping[str, Any], recipe: str, tokenizer_json
         try:
             nursery.rename(folder)
         except OSError as error:
-            raise BadRun(
-                f"{folder}: already there, and a run never overwrites; choose another --out, or continue that run "
-                f"with --resume {folder}"
-            ) from error
+            shutil.rmtree(nursery, ignore_errors=True)
+            raise already_there(folder) from error
         sync_folder(folder.parent)
         run.folder = folder
         yield run
+
+
+def already_there(folder: Path) -> BadRun:
+    """The error of a run that would take the place of something else."""
+    return BadRun(
+        f"{folder}: already there, and a run never overwrites; choose another --out, or continue that run "
+        f"with --resume {folder}"
+    )
 
 
 def new_run_folder(root: Path, model: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rcpconv.errors import BadRun
+from rcpconv.errors import BadRun, NotSaved
 from rcpconv.runs import Run, replacing
 
 _FOLDER = "checkpoints"
@@ -22,8 +22,15 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     """Write the state after `step` steps, then delete all but the `keep` newest checkpoints."""
     path = run.folder / _FOLDER / f"step-{step:07d}.pt"
     path.parent.mkdir(exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = str(error).partition("\n")[0]
+        raise NotSaved(
+            f"{path}: cannot be written ({reason}); the checkpoint before it is intact: make room, then continue with "
+            f"rcpconv quantize --resume {run.folder}"
+        ) from error
     for old in _paths(run)[:-keep]:
         old.unlink()
 

@@ -151,13 +151,13 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    if not last and (caught or (c.checkpoint_every and counters.step % c.checkpoint_every == 0)):
+                    if caught or last or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
                             plotted = paused
                         rate.skip(paused)
-                    if not last and caught:
+                    if caught:
                         raise Interrupted(caught[0])
         finally:
             metrics.close()
@@ -235,8 +235,8 @@ class Trainer:
         assert self.config.lr is not None
         raise TrainingDiverged(
             f"step {self.counters.step + 1}: {what}. Try --lr {self.config.lr / 3:.1e} (now {self.config.lr:.1e}), a "
-            f"longer --warmup (now {self.config.warmup:g}) or a smaller --grad-clip (now {self.config.grad_clip:g}); "
-            f"the checkpoints before it are kept in {self.run.folder}"
+            f"longer --warmup (now {self.config.warmup:g}) or a smaller --grad-clip (now {self.config.grad_clip:g}) "
+            "in a new run"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -117,7 +118,7 @@ def _read_file(path: Path, render: Render) -> Iterator[Piece]:
                 yield from _cut(_read_lines(path, file, render))
             else:
                 yield from split_documents(file)
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise BadTrainingData(f"{path}: cannot be read as UTF-8 text ({error}); give another file") from error
 
 
@@ -159,7 +160,7 @@ def document_of(row: object, render: Render, where: str) -> str:
     """The text of a dataset row: its `text`, or its `messages` through the chat template. Raises BadTrainingData."""
     if isinstance(row, Mapping):
         if isinstance(row.get("text"), str):
-            return str(row["text"])
+            return _encodable(str(row["text"]), where)
         messages = row.get("messages")
         if isinstance(messages, list) and all(
             isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
@@ -170,11 +171,20 @@ def document_of(row: object, render: Render, where: str) -> str:
                 raise BadTrainingData(
                     f"{where}: chat messages, but this model has no chat template to render them; give rows a text"
                 )
-            return text
+            return _encodable(text, where)
     found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
     raise BadTrainingData(
         f"{where}: expected an object with a string `text`, or with `messages` of role and content; found {found}"
     )
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text, unless it holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadTrainingData(f"{where}: not Unicode text ({error.reason}); mend or remove it") from error
+    return text
 
 
 def _read_hub(source: str, render: Render) -> Iterator[str]:

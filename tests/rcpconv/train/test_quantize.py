@@ -368,3 +368,22 @@ def test_texts_that_will_not_do(checkpoint: Path, tmp_path: Path) -> None:
 def test_metrics_are_json_lines(reference: Run) -> None:
     line = json.loads((reference.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert line.keys() == {"step", "tokens", "loss", "kl", "grad_norm", "lr", "tokens_per_second"}
+
+
+def test_a_dry_run_of_a_resumed_run_changes_nothing(interrupted: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in interrupted.folder.rglob("*") if path.is_file()}
+    assert quantize(None, {}, resume=str(interrupted.folder), dry_run=True, console=Console(quiet=True)) is None
+    after = {path: path.stat().st_mtime_ns for path in interrupted.folder.rglob("*") if path.is_file()}
+    assert {p: t for p, t in after.items() if p.name != "lock"} == {p: t for p, t in before.items() if p.name != "lock"}
+
+
+def test_a_damaged_checkpoint_leaves_the_run_resumable(interrupted: Run) -> None:
+    newest = interrupted.folder / "checkpoints" / "step-0000001.pt"
+    newest.parent.mkdir(exist_ok=True)
+    newest.write_bytes(b"")
+    with pytest.raises(BadRun, match="delete it to resume from the one before"):
+        resume(interrupted.folder)
+    assert Run.open(interrupted.folder).status == RUNNING
+    newest.unlink()
+    resume(interrupted.folder)
+    assert Run.open(interrupted.folder).status == FINISHED
