@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,17 @@ def weight_hashes(decoder: Decoder) -> dict[str, str]:
         integers, scale = linear.quantizer(linear.weight)
         hashes[name] = hash_weights(_numpy(integers * scale[:, None]))
     return hashes
+
+
+def hash_tensor(array: Array) -> str:
+    """SHA-256 of an array's bytes in row-major order, as in a file's header."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def hashes(decoder: Decoder, tensors: Mapping[str, Array], tokenizer_json: bytes) -> dict[str, dict[str, str]]:
+    """What a run remembers of its result: "weights" by linear, and "tensors" by name, tokenizer.json among them."""
+    files = {**tensors, spec.TOKENIZER: np.frombuffer(tokenizer_json, np.uint8)}
+    return {"weights": weight_hashes(decoder), "tensors": {name: hash_tensor(files[name]) for name in sorted(files)}}
 
 
 def hash_weights(weights_NK: Array) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpconv.baking import hash_weights
+from rcpconv.baking import hash_tensor, hash_weights
 from rcpconv.config import DATA, OPTIONS, TRAINING
 from rcpconv.errors import ExportMismatch
 from rcpconv.runs import Run
@@ -24,7 +24,7 @@ def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
     """Write the run's model to `out`, one tensor in memory at a time; the same run gives the same bytes every time.
 
     Before the file takes its name, every linear weight is decoded from it and compared (SHA-256) with what the training
-    forward used, and every other tensor with the run's, bit for bit.
+    forward used, and every tensor with what the run recorded when it ended.
 
     Raises ExportMismatch where they differ, OutputExists or OutputNotWritable for `out`; nothing is written then.
     """
@@ -84,12 +84,8 @@ def check_lossless(path: Path, run: Run) -> None:
                     "changed or damaged: run `rcpconv quantize` again"
                 )
         for name in file.header_tensors:
-            written, trained = file.tensor(name), _source(run, name)()
-            if not _same_bits(written, trained):
+            if hash_tensor(file.tensor(name)) != run.tensor_hashes.get(name):
                 raise ExportMismatch(
-                    f"{name}: the file's values are not those in {run.folder}; check the disk, try again"
+                    f"{name}: the values are not those that {run.folder} ended with, by SHA-256; the run folder was "
+                    "changed or damaged: run `rcpconv quantize` again"
                 )
-
-
-def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

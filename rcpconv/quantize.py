@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from rcpconv.baking import bake, weight_hashes
+from rcpconv.baking import bake, hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import (
     AUTO,
@@ -187,9 +187,10 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
         run.update(status=FAILED, reason=str(error))
         raise
+    tensors = bake(student)
     with replacing(run.folder / BAKED) as temporary:
-        save_file(bake(student), temporary)
-    write_json(run.folder / WEIGHT_HASHES, weight_hashes(student))
+        save_file(tensors, temporary)
+    write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
     run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
     checkpoints.delete_all(run)
     which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"

@@ -9,7 +9,7 @@
         loss.png              the curve of it
         checkpoints/          what --resume continues from
         baked.safetensors     finished runs: the tensors of the file
-        weights.sha256.json   finished runs: hash of each linear's fake-quant weights
+        weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor
 
 Every file appears whole or not at all (temporary file, fsync, rename), so a run can be killed at any moment.
 """
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadRun, RunNotFound
@@ -95,6 +95,16 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def _restorable(path: Path) -> Iterator[Path]:
+    """Turn what goes wrong with a damaged or missing file of a run into BadRun."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise BadRun(f"{path}: cannot be used ({reason}); restore the file or run quantize again") from error
+
+
 class Run:
     """One run folder. `record` is run.json."""
 
@@ -114,6 +124,8 @@ class Run:
             raise BadRun(f"{path}: cannot be read ({error}); delete the run folder or restore the file") from error
         if not isinstance(record, dict) or record.get("status") not in (RUNNING, FINISHED, FAILED):
             raise BadRun(f"{path}: expected an object with a status; delete the run folder or restore the file")
+        if missing := sorted({"model", "created"} - record.keys()):
+            raise BadRun(f"{path}: expected an entry {missing[0]}; restore the file or run quantize again")
         return cls(Path(folder), record)
 
     @property
@@ -129,47 +141,62 @@ class Run:
     @cached_property
     def architecture(self) -> Architecture:
         """Of the file: with tied_table resolved."""
-        return Architecture.from_json(self.record["architecture"])
+        with self._entry("architecture") as value:
+            return Architecture.from_json(value)
 
     @cached_property
     def quantization(self) -> Quantization:
         """Of the file."""
-        return Quantization.from_json(self.record["quantization"])
+        with self._entry("quantization") as value:
+            return Quantization.from_json(value)
 
     @cached_property
     def tokenizer(self) -> TokenizerInfo:
         """What generation needs beside tokenizer.json."""
-        return TokenizerInfo.from_json(self.record["tokenizer"])
+        with self._entry("tokenizer") as value:
+            return TokenizerInfo.from_json(value)
 
     @property
     def tokenizer_json(self) -> bytes:
         """The bytes of tokenizer.json."""
-        return (self.folder / TOKENIZER).read_bytes()
+        with _restorable(self.folder / TOKENIZER) as path:
+            return path.read_bytes()
 
     @property
     def generation(self) -> dict[str, float]:
         """Default sampling settings."""
-        return dict(self.record["generation"])
+        with self._entry("generation") as value:
+            return dict(value)
 
     @property
     def provenance(self) -> dict[str, Any]:
         """The checkpoint's origin and licence."""
-        return dict(self.record["provenance"])
+        with self._entry("provenance") as value:
+            return dict(value)
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """Perplexities measured at the end of the training; empty without eval_data."""
         return dict(self.record.get("evaluation") or {})
 
+    @contextmanager
+    def _entry(self, key: str) -> Iterator[Any]:
+        with _restorable(self.folder / RECORD):
+            yield self.record[key]
+
     @property
     def recipe(self) -> str:
         """The text of recipe.toml."""
-        return (self.folder / RECIPE).read_text(encoding="utf-8")
+        with _restorable(self.folder / RECIPE) as path:
+            return path.read_text(encoding="utf-8")
 
     @cached_property
     def config(self) -> QuantizeConfig:
         """The effective configuration."""
-        return QuantizeConfig.from_mapping(tomllib.loads(self.recipe), str(self.folder / RECIPE))
+        recipe = self.recipe
+        with _restorable(self.folder / RECIPE):
+            settings = tomllib.loads(recipe)
+        return QuantizeConfig.from_mapping(settings, str(self.folder / RECIPE))
 
     def require_finished(self) -> None:
         """Raises BadRun when the training has not ended."""
@@ -182,11 +209,14 @@ class Run:
     @cached_property
     def _baked(self) -> Any:
         self.require_finished()
-        return safe_open(self.folder / BAKED, framework="numpy")
+        with _restorable(self.folder / BAKED) as path:
+            return safe_open(path, framework="numpy")
 
     def tensor(self, name: str) -> NDArray[np.generic]:
         """A baked tensor by its name in SPEC.md, section 7. Raises BadRun for a run that is not finished."""
-        return self._baked.get_tensor(name)  # type: ignore[no-any-return]
+        baked = self._baked
+        with _restorable(self.folder / BAKED):
+            return baked.get_tensor(name)  # type: ignore[no-any-return]
 
     def tensor_names(self) -> list[str]:
         """Names of all baked tensors, sorted; tokenizer.json is not among them."""
@@ -195,14 +225,23 @@ class Run:
     @cached_property
     def weight_hashes(self) -> dict[str, str]:
         """Linear layer -> SHA-256 of the weights its training forward used (rcpconv.baking.weight_hashes)."""
+        return self._hashes("weights")
+
+    @cached_property
+    def tensor_hashes(self) -> dict[str, str]:
+        """Name in SPEC.md, section 7 -> SHA-256 of the tensor's bytes when the training ended."""
+        return self._hashes("tensors")
+
+    def _hashes(self, kind: str) -> dict[str, str]:
         self.require_finished()
-        return dict(json.loads((self.folder / WEIGHT_HASHES).read_bytes()))
+        with _restorable(self.folder / WEIGHT_HASHES) as path:
+            return dict(json.loads(path.read_bytes())[kind])
 
     def source(self) -> SourceModel:
         """The original checkpoint, opened again. Raises ConversionError when it is gone."""
         from rcpconv.checkpoint import load_source
 
-        return load_source(self.record["model"], revision=self.record["revision"])
+        return load_source(self.record["model"], revision=self.record.get("revision"))
 
     def update(self, **values: Any) -> None:
         """Set fields of run.json, at once and atomically."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
-from rcpconv.baking import bake, weight_hashes
+from rcpconv.baking import bake, hashes
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
 from rcpconv.layers import ComputeOptions
@@ -61,6 +61,7 @@ def make_run(model: str, folder: Path, *, one_table: bool = False, **scheme: Any
     }
     recipe = QuantizeConfig(model=model, **scheme).to_toml()
     with created(folder, record, recipe, source.tokenizer.json) as run:
-        save_file(bake(decoder), run.folder / BAKED)
-        write_json(run.folder / WEIGHT_HASHES, weight_hashes(decoder))
+        tensors = bake(decoder)
+        save_file(tensors, run.folder / BAKED)
+        write_json(run.folder / WEIGHT_HASHES, hashes(decoder, tensors, source.tokenizer.json))
     return Run.open(folder)

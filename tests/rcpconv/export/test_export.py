@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rcpconv.baking import hash_weights
-from rcpconv.errors import BadRun, ExportMismatch
-from rcpconv.export import check_lossless, export
+from rcpconv.errors import BadRun, ExportMismatch, RunNotFound
+from rcpconv.export import export
 from rcpconv.inspection import bars, code_counts, inspect_file, model_size
-from rcpconv.runs import BAKED, RECIPE, RUNNING, WEIGHT_HASHES, Run, write_json
+from rcpconv.runs import BAKED, RECIPE, RECORD, RUNNING, TOKENIZER, WEIGHT_HASHES, Run, write_json
 from rcpformat import Architecture, OutputExists, Quantization, RcpFile, pack_codes, spec
 from rcpformat.accounting import account
+from rcpformat.errors import FormatError
 from tiny_runs import make_tiny_run
 
 LLAMA_2_7B = Architecture(
@@ -77,23 +79,48 @@ def test_changed_weights_are_refused_and_nothing_is_written(run: Run, tmp_path: 
 
 
 def test_hashes_of_other_layers_are_refused(run: Run, tmp_path: Path) -> None:
-    hashes = dict(run.weight_hashes)
-    del hashes["layers.0.attn.q"]
+    hashes = json.loads((run.folder / WEIGHT_HASHES).read_bytes())
+    del hashes["weights"]["layers.0.attn.q"]
     write_json(run.folder / WEIGHT_HASHES, hashes)
     with pytest.raises(ExportMismatch, match=r"weights\.sha256\.json.*layers\.0\.attn\.q"):
         export(Run.open(run.folder), tmp_path / "model.rcp")
 
 
-@pytest.mark.parametrize("name", ["layers.0.act_clip", "embed.scale", "head.weight", "rope.inv_freq"])
-def test_check_compares_every_other_tensor(run: Run, tmp_path: Path, name: str) -> None:
-    export(run, tmp_path / "model.rcp")
+@pytest.mark.parametrize("name", ["layers.0.act_clip", "embed.scale", "embed.weight", "head.weight", "rope.inv_freq"])
+def test_every_other_tensor_has_to_be_as_trained(run: Run, tmp_path: Path, name: str) -> None:
     tensors = load_file(run.folder / BAKED)
     tensors[name] = (
         np.nextafter(tensors[name], np.array(0, tensors[name].dtype)) if "weight" not in name else -tensors[name]
     )
     save_file(tensors, run.folder / BAKED)
-    with pytest.raises(ExportMismatch, match=name):
-        check_lossless(tmp_path / "model.rcp", Run.open(run.folder))
+    with pytest.raises(ExportMismatch, match=rf"{name}: the values are not those"):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
+    assert not (tmp_path / "model.rcp").exists()
+
+
+def test_another_tokenizer_is_refused(run: Run, tmp_path: Path) -> None:
+    (run.folder / TOKENIZER).write_bytes(run.tokenizer_json + b"\n")
+    with pytest.raises(ExportMismatch, match=r"tokenizer\.json: the values are not those"):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("name", [RECORD, RECIPE, TOKENIZER, BAKED, WEIGHT_HASHES])
+def test_a_damaged_run_folder_is_refused(run: Run, tmp_path: Path, name: str, damage: str) -> None:
+    content = (run.folder / name).read_bytes()
+    (run.folder / name).unlink()
+    if damage == "cut":
+        (run.folder / name).write_bytes(content[: len(content) // 2 - 1])
+    refused = RunNotFound if (name, damage) == (RECORD, "missing") else (BadRun, FormatError)
+    with pytest.raises(refused, match=re.escape(name)):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
+
+
+@pytest.mark.parametrize("key", ["model", "architecture", "quantization", "tokenizer", "generation", "provenance"])
+def test_a_record_without_an_entry_is_refused(run: Run, tmp_path: Path, key: str) -> None:
+    write_json(run.folder / RECORD, {name: value for name, value in run.record.items() if name != key})
+    with pytest.raises(BadRun, match=rf"run\.json: .* entry '?{key}.*; restore the file or run quantize again"):
+        export(Run.open(run.folder), tmp_path / "model.rcp")
 
 
 def test_existing_file_stays_without_force(run: Run, tmp_path: Path) -> None:
