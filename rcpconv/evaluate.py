@@ -237,7 +237,7 @@ def evaluate(
     text: None = default_text. window: tokens; None = 1024, or the model's context where that is shorter.
     compare: measure the agreement too (needs `rcp`).
     device: of the torch models: "cpu", "cuda", or "auto" (cuda where there is one).
-    Raises EvaluationFailed when there is nothing to do, or the file is not of the run.
+    Raises EvaluationFailed when there is nothing to do, the window is too long, or the file is not of the run.
     """
     wanted = [name for name in MODELS if name not in skip and (rcp if name == RCP else run) is not None]
     if not wanted:
@@ -246,8 +246,11 @@ def evaluate(
         raise EvaluationFailed("agreement is between a file and torch: name the file with --rcp")
     target = _device(device)
     model = _Quantized.of(run, rcp)
+    context = model.architecture.max_position_embeddings
+    window = window or min(DEFAULT_WINDOW, context)
+    if window > context:
+        raise EvaluationFailed(f"window: expected at most {context} tokens, the model's context, found {window}")
     text = text or default_text(model.base_model)
-    window = window or min(DEFAULT_WINDOW, model.architecture.max_position_embeddings)
     windows = cut(tokenize(model.tokenizer_json, text.content), window, max_tokens)
     if not windows:
         raise EvaluationFailed(f"{text.name}: expected at least two tokens of text")
@@ -351,8 +354,8 @@ class _Quantized:
         return chosen
 
     def _exported_as(self, file: _Quantized) -> bool:
-        name = spec.linear_names(self.architecture)[0] + ".codes"
         same = ("architecture", "quantization", "tokenizer_json")
-        return all(getattr(self, key) == getattr(file, key) for key in same) and np.array_equal(
-            self.tensor(name), file.tensor(name)
-        )
+        if any(getattr(self, key) != getattr(file, key) for key in same):
+            return False
+        names = spec.expected_tensors(self.architecture, self.quantization).keys() - {spec.TOKENIZER}
+        return all(np.array_equal(self.tensor(name), file.tensor(name)) for name in sorted(names))

@@ -21,11 +21,13 @@ class Text:
 
 
 def read_text(path: Path) -> Text:
-    """A UTF-8 file as a Text."""
+    """A UTF-8 file as a Text. Raises EvaluationFailed."""
     try:
         return Text(path.name, path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise EvaluationFailed(f"{path}: expected plain UTF-8 text: {error}") from error
+    except OSError as error:
+        raise EvaluationFailed(f"{path}: expected a readable text file, found: {error.strerror or error}") from error
 
 
 def default_text(model: str | None) -> Text:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from rcpconv.cli.options import FILE, find_run, run_options
+from rcpformat.errors import OutputNotWritable
 
 _MODELS = ("original", "fake-quant", "rcp")
 _DEVICES = ("auto", "cpu", "cuda")
+
+
+def _require_writable(path: Path) -> None:
+    """Raise OutputNotWritable where no file can be written, and leave nothing there."""
+    folder = path.parent
+    if path.is_dir():
+        found = "a folder"
+    elif not folder.is_dir():
+        found = f"no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        found = "no permission to write"
+    else:
+        return
+    raise OutputNotWritable(f"{path}: expected a place for the results, found {found}; choose another --json")
 
 
 @click.command("eval", short_help="Measure perplexity: original, run and file.")
@@ -47,6 +63,8 @@ def eval_command(
     from rcpconv.evaluate import evaluate, render
     from rcpconv.heldout import read_text
 
+    if json_file is not None:
+        _require_writable(json_file)
     found = None
     if not {"original", "fake-quant"} <= set(skip):
         try:

@@ -6,22 +6,27 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from loopback_hub import serve_hub
 from rcpconv import evaluate as module
+from rcpconv.cli import main
 from rcpconv.errors import EvaluationFailed
 from rcpconv.evaluate import Evaluation, Runtime, cut, evaluate, tokenize
 from rcpconv.export import export
 from rcpconv.heldout import Text, default_text, read_text
-from rcpconv.runs import Run
+from rcpconv.runs import BAKED, Run
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 from tiny_runs import make_tiny_run
 
@@ -116,15 +121,41 @@ def test_a_file_of_another_run_is_refused(rcp: Path, tmp_path: Path) -> None:
         evaluate(run=other, rcp=rcp, text=TEXT)
 
 
+@pytest.mark.parametrize("name", ["layers.1.mlp.down.levels", "layers.1.attn.o.scale", "embed.weight"])
+def test_a_file_of_a_run_that_differs_anywhere_is_refused(run: Run, rcp: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    tensors = load_file(run.folder / BAKED)
+    tensors[name] = np.roll(tensors[name], 1, axis=0)
+    save_file(tensors, tmp_path / "run" / BAKED)
+    with pytest.raises(EvaluationFailed, match="not exported from"):
+        evaluate(run=Run.open(tmp_path / "run"), rcp=rcp, text=TEXT)
+
+
 def test_what_the_runtime_says_reaches_the_user(rcp: Path) -> None:
     with pytest.raises(EvaluationFailed, match=r"could not score.*context"):
-        evaluate(run=None, rcp=rcp, text=TEXT, window=200)
+        Runtime(rcp).perplexity([[5] * 200], "rcp")
+
+
+@pytest.mark.parametrize("skip", [(), ("original", "rcp")])
+def test_a_window_beyond_the_context_is_refused(run: Run, rcp: Path, skip: tuple[str, ...]) -> None:
+    with pytest.raises(EvaluationFailed, match=r"window: expected at most 128 tokens.*found 129"):
+        evaluate(run=run, rcp=rcp, text=TEXT, window=129, skip=skip)
+
+
+@pytest.mark.parametrize("target", ["nowhere/results.json", "."])
+def test_the_place_for_results_is_checked_first(tmp_path: Path, target: str) -> None:
+    result = CliRunner().invoke(main, ["eval", "--rcp", "none.rcp", "--json", str(tmp_path / target)])
+    assert result.exit_code == 1
+    assert "expected a place for the results" in result.output
 
 
 def test_text_has_to_be_text(tmp_path: Path, run: Run) -> None:
     (tmp_path / "text").write_bytes(b"\xff\xfe")
     with pytest.raises(EvaluationFailed, match="UTF-8"):
         read_text(tmp_path / "text")
+    for path in (tmp_path / "nope", tmp_path):
+        with pytest.raises(EvaluationFailed, match=f"{path}: expected a readable text file, found"):
+            read_text(path)
     assert len(default_text("demo").content) > 50_000
     with pytest.raises(EvaluationFailed, match="two tokens"):
         evaluate(run=run, rcp=None, text=Text("empty", ""))
