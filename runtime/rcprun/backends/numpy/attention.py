@@ -1,6 +1,7 @@
 """Attention of a block of queries over the quantized KV cache. Knows nothing of layers.
 
-Codes are used as they are: with k = low + code · step, q·k = step · (q·code) + low · Σq, and likewise for values.
+Keys and values are read back as numbers before the dot products. Distributing the products over low and step would save
+two passes, but low · Σq and step · (q·code) nearly cancel, which costs digits: 1% fewer equal top-1 predictions.
 
 Shape suffixes: M queries, H heads, G KV heads, R query heads per KV head (H = G · R), T visible tokens, D head_dim.
 """
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpformat.arithmetic import Float32Array
-from rcprun.backends.numpy.kvcache import KEY, VALUE, CachedVectors, KVCache
+from rcprun.backends.numpy.kvcache import KEY, VALUE, KVCache
 
 _SCRATCH_BYTES = 64 << 20
 """Largest temporary array, where a single KV head or query does not need more."""
@@ -46,22 +47,18 @@ def attend(cache: KVCache, layer: int, q_MHD: Float32Array, start: int, window: 
 
 
 def _attend(
-    q_GRMD: Float32Array, keys: CachedVectors, values: CachedVectors, hidden_MT: NDArray[np.bool_] | None
+    q_GRMD: Float32Array, key_GTD: Float32Array, value_GTD: Float32Array, hidden_MT: NDArray[np.bool_] | None
 ) -> Float32Array:
     shape = q_GRMD.shape
     q_GQD = q_GRMD.reshape(shape[0], -1, shape[3])  # Q = R · M
-    scores_GQT = q_GQD @ keys.codes.transpose(0, 2, 1)
-    scores_GQT *= keys.step[:, None, :]
-    scores_GQT += q_GQD.sum(axis=-1, keepdims=True) * keys.low[:, None, :]
+    scores_GQT = q_GQD @ key_GTD.transpose(0, 2, 1)
     scores_GQT /= np.float32(math.sqrt(shape[3]))
     if hidden_MT is not None:
         np.copyto(scores_GQT.reshape(*shape[:3], -1), -np.inf, where=hidden_MT)
     scores_GQT -= scores_GQT.max(axis=-1, keepdims=True)
     weight_GQT = np.exp(scores_GQT, out=scores_GQT)
     weight_GQT /= weight_GQT.sum(axis=-1, keepdims=True)
-    offset_GQ1 = weight_GQT @ values.low[:, :, None]
-    weight_GQT *= values.step[:, None, :]
-    out_GQD: Float32Array = weight_GQT @ values.codes + offset_GQ1
+    out_GQD: Float32Array = weight_GQT @ value_GTD
     return out_GQD.reshape(shape)
 
 

@@ -7,8 +7,6 @@ Shape suffixes: G KV heads, T cached tokens, M new tokens, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from rcpformat.architecture import Architecture
@@ -16,15 +14,6 @@ from rcpformat.arithmetic import Float32Array, UInt8Array, quantize_kv
 
 KEY, VALUE = 0, 1
 _FIRST_CAPACITY = 256
-
-
-@dataclass(frozen=True)
-class CachedVectors:
-    """Keys or values read back: vector = low + code * step. codes (G, T, D), low and step (G, T), all float32."""
-
-    codes: Float32Array
-    low: Float32Array
-    step: Float32Array
 
 
 class KVCache:
@@ -71,15 +60,17 @@ class KVCache:
         self._low[place] = vectors.low[..., 0].T
         self._step[place] = vectors.step[..., 0].T
 
-    def read(self, layer: int, site: int, heads: slice, tokens: slice) -> CachedVectors:
-        """The keys or values (site) of some KV heads and positions."""
+    def read(self, layer: int, site: int, heads: slice, tokens: slice) -> Float32Array:
+        """The keys or values (site) of some KV heads and positions, read back: (G, T, D)."""
         place = (layer, site, heads, tokens)
         packed: UInt8Array = self._codes[place]
         if self.bits == 4:
             half = packed.shape[-1]
-            codes = np.empty((*packed.shape[:-1], 2 * half), dtype=np.float32)
-            codes[..., :half] = packed & 15
-            codes[..., half:] = packed >> 4
+            vectors = np.empty((*packed.shape[:-1], 2 * half), dtype=np.float32)
+            vectors[..., :half] = packed & 15
+            vectors[..., half:] = packed >> 4
         else:
-            codes = packed.astype(np.float32)
-        return CachedVectors(codes, self._low[place].astype(np.float32), self._step[place].astype(np.float32))
+            vectors = packed.astype(np.float32)
+        vectors *= self._step[place].astype(np.float32)[..., None]
+        vectors += self._low[place].astype(np.float32)[..., None]
+        return vectors
