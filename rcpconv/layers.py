@@ -112,8 +112,8 @@ class BakedLinear(nn.Module):
         return integer_linear(x, self.integers, self.scale, self.bias, self.options.half)
 
 
-class ActivationQuantizer(nn.Module):
-    """Per-token quantizer of a linear's input with a learnable clip in (0, 1), kept as its logit."""
+class LearnedClip(nn.Module):
+    """A bit width and a learnable clip in (0, 1), kept as its logit."""
 
     def __init__(self, bits: int, clip: float) -> None:
         super().__init__()
@@ -124,24 +124,18 @@ class ActivationQuantizer(nn.Module):
     def clip(self) -> Tensor:
         """(1,) float32."""
         return torch.sigmoid(self.clip_logit).clamp(min=SMALLEST_CLIP)
+
+
+class ActivationQuantizer(LearnedClip):
+    """Per-token quantizer of a linear's input."""
 
     def forward(self, x: Tensor) -> Quantized:
         """(..., K) float32 -> codes and scales."""
         return quantize_activations(x, self.clip, self.bits)
 
 
-class KVQuantizer(nn.Module):
-    """Per-token, per-head fake quantizer of keys or values with a learnable clip in (0, 1), kept as its logit."""
-
-    def __init__(self, bits: int, clip: float) -> None:
-        super().__init__()
-        self.bits = bits
-        self.clip_logit = nn.Parameter(torch.logit(torch.tensor([clip], dtype=torch.float64)).float())
-
-    @property
-    def clip(self) -> Tensor:
-        """(1,) float32."""
-        return torch.sigmoid(self.clip_logit).clamp(min=SMALLEST_CLIP)
+class KVQuantizer(LearnedClip):
+    """Per-token, per-head fake quantizer of keys or values."""
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         """Quantized and read back, float32."""
