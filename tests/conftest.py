@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,10 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, str(_CORES_PER_WORKER))
 # Tokenizers warn about, and may deadlock on, a fork after use.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache
