@@ -55,7 +55,7 @@ from rcpconv.runs import (
 )
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.sampling import SELF_TOKENS, sample
+from rcpconv.train.sampling import SELF_EPOCHS, SELF_TOKENS, sample
 from rcpconv.train.texts import Piece, read_source
 from rcpconv.train.tokens import Sequences, cached, chat_renderer, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
@@ -280,7 +280,8 @@ def _sequences(run: Run, plan: Plan, source: SourceModel, teacher: Decoder, cons
 
     def rows() -> Iterable[list[int]]:
         if SELF in c.data:
-            return _sampled(teacher, source, min(wanted, SELF_TOKENS), seq_len, c.seed, console)
+            sampled = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
+            return _sampled(teacher, source, sampled, seq_len, c.seed, console)
         tokenizer, streams = _streams(plan, source)
         return tokenize_pieces(interleave(streams), tokenizer, source.tokenizer.info)
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from rcpconv.model import Attention, Decoder
 from rcpformat.architecture import TokenizerInfo
 
+SELF_EPOCHS = 2
+"""How often a training uses each sampled token: on the demo model twice is as good as once, for half the sampling."""
 SELF_TOKENS = 1_000_000
-"""At most so many tokens are sampled; a longer training repeats them."""
+"""At most so many tokens are sampled; a longer training repeats them more often."""
 _LARGEST_BATCH = 256
 _CACHE_BYTES = 4 << 30
 """Batches are as large as keys and values of this size allow."""
