@@ -253,7 +253,9 @@ class QuantizeConfig:
         group=MACHINE,
         help="Recompute activations in the backward pass. auto: where they would not fit.",
     )
-    compile: str = _option("auto", choices=SWITCH, group=MACHINE, help="Use torch.compile. auto: off.")
+    compile: str = _option(
+        "auto", choices=SWITCH, group=MACHINE, help="Use torch.compile. auto: on a GPU, where Triton is there."
+    )
 
     seed: int = _option(0, type=int, low=0, high=2**63 - 1, group=RUN, help="Of the rotation's signs and text order.")
     checkpoint_every: int = _option(

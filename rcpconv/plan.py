@@ -12,13 +12,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcpconv.config import DEFAULT_CORPUS, DEMO, QuantizeConfig
+from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.train.losses import CPU_CHUNK, CUDA_CHUNK
 from rcpconv.train.progress import duration
@@ -65,6 +66,8 @@ class Machine:
     """Free memory of the device."""
     flops: float
     """Multiplications and additions a second of a large matmul, in the precision that training uses there."""
+    compiles: bool = False
+    """Whether training gains from torch.compile there."""
 
     @property
     def kind(self) -> str:
@@ -90,6 +93,7 @@ def look_at_machine(device: str) -> Machine:
         name=torch.cuda.get_device_name(device),
         memory_bytes=torch.cuda.mem_get_info(device)[0],
         flops=_matmul_rate(device),
+        compiles=find_spec("triton") is not None,
     )
 
 
@@ -196,8 +200,8 @@ class Plan:
         c, m, s = self.config, self.machine, self.sizes
         tokens = self.steps * self.tokens_per_step
         for line in (
-            f"file      {size(s.total_bytes)}, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× smaller, "
-            f"{s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
+            f"file      {size(s.total_bytes)} without its tokenizer, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× "
+            f"smaller, {s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
             f"machine   {m.name}, {size(m.memory_bytes)} free, {m.flops / 1e12:.3g} TFLOP/s; training takes about "
             f"{size(self.memory_bytes)}, a checkpoint {size(self.checkpoint_bytes)} of disk",
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences × {c.seq_len} tokens = "
@@ -239,7 +243,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         precision=precision,
         seq_len=seq_len,
         tables="one" if one else "two",
-        compile="on" if config.compile == "on" else "off",  # auto is off: see docs/log.md, 2026-11-22
+        compile=("on" if machine.compiles else "off") if config.compile == AUTO else config.compile,
         data=config.data or ((DEMO,) if config.model == DEMO else (DEFAULT_CORPUS,)),
         tokens=config.tokens or (None if config.steps else DEFAULT_TOKENS),
     )

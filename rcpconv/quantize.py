@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from rcpconv.baking import bake, hashes
+from rcpconv.baking import Array, bake, baked_decoder, hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import (
     AUTO,
@@ -181,9 +181,9 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
 
 
 def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Run:
-    """Train, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
+    """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
     try:
-        student, evaluation = _train_and_evaluate(run, plan, source, windows, console)
+        student = _trained_student(run, plan, source, windows, console)
     except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
         run.update(status=FAILED, reason=str(error))
         raise
@@ -191,6 +191,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     with replacing(run.folder / BAKED) as temporary:
         save_file(tensors, temporary)
     write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
+    evaluation = _evaluate(plan, source, tensors, windows, console) if windows else None
     run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
     checkpoints.delete_all(run)
     which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
@@ -200,10 +201,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     return run
 
 
-def _train_and_evaluate(
-    run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console
-) -> tuple[Decoder, dict[str, Any] | None]:
-    """The trained student, and the perplexities that run.json keeps."""
+def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
     teacher = original_decoder(source, torch.bfloat16 if half else torch.float32, ComputeOptions(half=half)).to(device)
@@ -212,10 +210,6 @@ def _train_and_evaluate(
     prepared = prepare(source, rotations=rotations, one_table=config.tables == "one", seed=config.seed)
     options = ComputeOptions(half=half, checkpoint_layers=config.grad_checkpointing == "on")
     student = student_decoder(prepared, plan.quantization, options, device=device)
-
-    def perplexity(decoder: Decoder) -> float:
-        return torch_perplexity(decoder, windows, "perplexity")
-
     trainer = Trainer(
         student=student,
         teacher=teacher,
@@ -224,7 +218,7 @@ def _train_and_evaluate(
         config=config,
         run=run,
         console=console,
-        evaluate=perplexity if windows else None,
+        evaluate=(lambda decoder: torch_perplexity(decoder, windows, "perplexity")) if windows else None,
     )
     try:
         trainer.train()
@@ -236,14 +230,23 @@ def _train_and_evaluate(
             soft_wrap=True,
         )
         raise
-    if not windows:
-        return student, None
-    original = original_decoder(source).to(device) if half else teacher
-    found = {"original": perplexity(original), "fake-quant": perplexity(student)}
+    return student
+
+
+def _evaluate(
+    plan: Plan, source: SourceModel, tensors: dict[str, Array], windows: list[list[int]], console: Console
+) -> dict[str, Any]:
+    """Perplexities of the original and of what was baked, in float32, as run.json keeps them."""
+    device = torch.device(plan.machine.device)
+    baked = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__)
+    found = {
+        name: torch_perplexity(decoder.to(device), windows, name)
+        for name, decoder in (("original", original_decoder(source)), ("fake-quant", baked))
+    }
     figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    console.print(f"perplexity on {config.eval_data}: {figures}", highlight=False, soft_wrap=True)
-    return student, {
-        "text": config.eval_data,
+    console.print(f"perplexity on {plan.config.eval_data}: {figures}", highlight=False, soft_wrap=True)
+    return {
+        "text": plan.config.eval_data,
         "window": len(windows[0]),
         "tokens": sum(len(window) - 1 for window in windows),
         "perplexity": found,

@@ -23,39 +23,15 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats", "runtime")]
 
-from rcpformat import Architecture, Quantization  # noqa: E402
+from rcpformat import Quantization  # noqa: E402
 from rcpformat.reader import RcpFile  # noqa: E402
 from rcprun.backends.numpy import NumpyBackend  # noqa: E402
 from rcprun.sampling import Sampler, SamplingOptions  # noqa: E402
 from rcprun.score import score_sequence  # noqa: E402
+from shapes import DEMO, WIKI_22M  # noqa: E402
 from tiny_rcp import write_random  # noqa: E402
 
-DEMO = Architecture(
-    model_type="llama",
-    vocab_size=2048,
-    hidden_size=192,
-    intermediate_size=480,
-    num_layers=4,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=2048,
-    tied_table=True,
-)
-SHAPES = {
-    "demo": DEMO,
-    "22m": dataclasses.replace(
-        DEMO,
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_layers=6,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=64,
-    ),
-}
+SHAPES = {"demo": DEMO, "22m": WIKI_22M}
 
 
 def seconds(action: Callable[[], object], runs: int) -> float:
@@ -114,7 +90,7 @@ def main(model: Path | None, shape: tuple[str, ...], runs: int, json_path: Path 
         paths = {"file": model} if model else {name: Path(folder) / f"{name}.rcp" for name in shape}
         for name, path in paths.items():
             if model is None:
-                write_random(path, SHAPES[name], Quantization(method="ldp"))
+                write_random(path, dataclasses.replace(SHAPES[name], tied_table=True), Quantization(method="ldp"))
             rows.append(measure(name, path, runs))
     for key in rows[0]:
         values = [row[key] for row in rows]

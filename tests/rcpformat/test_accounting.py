@@ -7,24 +7,9 @@ import pytest
 
 from rcpformat import Architecture, RcpFile, spec
 from rcpformat.accounting import account
+from shapes import LLAMA_2_7B, LLAMA_3_8B, LLAMA_32_1B
 from tiny_rcp import LDP, TINY, write_random
 
-LLAMA_2_7B = Architecture(
-    model_type="llama",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=4096,
-)
-LLAMA_3_8B = dataclasses.replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_kv_heads=8)
-LLAMA_32_1B = dataclasses.replace(
-    LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, num_layers=16, head_dim=64, num_kv_heads=8
-)
 TIED_1B = dataclasses.replace(LLAMA_32_1B, tied_table=True)
 LLAMA_2_TOKENIZER, LLAMA_3_TOKENIZER = 1_842_767, 9_085_657
 

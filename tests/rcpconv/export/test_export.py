@@ -18,23 +18,11 @@ from rcpconv.errors import BadRun, ExportMismatch, RunNotFound
 from rcpconv.export import export
 from rcpconv.inspection import bars, code_counts, inspect_file, model_size
 from rcpconv.runs import BAKED, RECIPE, RECORD, RUNNING, TOKENIZER, WEIGHT_HASHES, Run, write_json
-from rcpformat import Architecture, OutputExists, Quantization, RcpFile, pack_codes, spec
+from rcpformat import OutputExists, Quantization, RcpFile, pack_codes, spec
 from rcpformat.accounting import account
 from rcpformat.errors import FormatError
+from shapes import LLAMA_2_7B
 from tiny_runs import make_tiny_run
-
-LLAMA_2_7B = Architecture(
-    model_type="llama",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=4096,
-)
 
 
 @pytest.fixture(scope="module")

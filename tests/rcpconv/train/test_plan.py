@@ -19,25 +19,10 @@ from rcpconv.parts import TrainingParts
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
 from rcpconv.quantize import quantize
 from rcpformat.architecture import Architecture
+from shapes import DEMO, LLAMA_2_7B
 
-LLAMA_2_7B = Architecture(
-    model_type="llama",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=4096,
-)
-SMALL = dataclasses.replace(
-    LLAMA_2_7B, vocab_size=2048, hidden_size=192, intermediate_size=480, num_layers=4, num_heads=6, num_kv_heads=2,
-    head_dim=32, max_position_embeddings=1024,
-)  # fmt: skip
 CPU = Machine(device="cpu", name="CPU, 2 threads", memory_bytes=16 * 10**9, flops=1e11)
-H200 = Machine(device="cuda:0", name="H200", memory_bytes=149 * 10**9, flops=7.5e14)
+H200 = Machine(device="cuda:0", name="H200", memory_bytes=149 * 10**9, flops=7.5e14, compiles=True)
 
 
 def plan(architecture: Architecture, machine: Machine, tied: bool = False, **settings: Any) -> Plan:
@@ -48,9 +33,9 @@ def test_open_settings_are_decided_from_model_and_machine() -> None:
     config = plan(LLAMA_2_7B, H200).config
     assert (config.lr, config.quantizer_lr, config.clip_lr) == (2e-5, 2e-4, 2e-4)
     assert (config.seq_len, config.tokens, config.data) == (2048, 20_000_000, ("default",))
-    assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "off", "two")
+    assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "on", "two")
     assert config.grad_checkpointing == "on" and config.batch_size * config.grad_accum == 8
-    config = plan(SMALL, CPU, tied=True, model="demo", steps=5).config
+    config = plan(DEMO, CPU, tied=True, model="demo", steps=5).config
     assert config.lr == pytest.approx(2e-5 * (4096 / 192) ** 1.5, rel=0.05)
     assert (config.seq_len, config.tokens, config.steps, config.data) == (1024, None, 5, ("demo",))
     assert (config.device, config.precision, config.compile, config.tables) == ("cpu", "fp32", "off", "one")
@@ -66,26 +51,26 @@ def test_a_decided_plan_decides_the_same_again() -> None:
 
 def test_given_settings_stay() -> None:
     given = {"batch_size": 3, "grad_accum": 5, "seq_len": 100, "lr": 1e-4, "grad_checkpointing": "on", "tokens": 30_000}
-    found = plan(SMALL, CPU, **given)
+    found = plan(DEMO, CPU, **given)
     assert {name: getattr(found.config, name) for name in given} == given
     assert found.tokens_per_step == 1500 and found.steps == 20
-    assert plan(SMALL, CPU, grad_accum=4).config.batch_size == 2
-    assert plan(SMALL, CPU, batch_size=4).config.grad_accum == 2
+    assert plan(DEMO, CPU, grad_accum=4).config.batch_size == 2
+    assert plan(DEMO, CPU, batch_size=4).config.grad_accum == 2
 
 
 def test_tables() -> None:
-    assert plan(SMALL, CPU, tied=True).architecture.tied_table
-    assert not plan(SMALL, CPU, tied=True, tables="two").architecture.tied_table
-    assert not plan(SMALL, CPU, tied=True, head_bits=16).architecture.tied_table  # one table has one width
+    assert plan(DEMO, CPU, tied=True).architecture.tied_table
+    assert not plan(DEMO, CPU, tied=True, tables="two").architecture.tied_table
+    assert not plan(DEMO, CPU, tied=True, head_bits=16).architecture.tied_table  # one table has one width
     with pytest.raises(BadOption, match=r"tables: one, but m has separate embedding and head"):
-        plan(SMALL, CPU, tables="one")
+        plan(DEMO, CPU, tables="one")
 
 
 def test_contradictions_with_model_and_machine() -> None:
     with pytest.raises(BadOption, match=r"seq_len: 2000 is longer than the model's context of 1024"):
-        plan(SMALL, CPU, seq_len=2000)
+        plan(DEMO, CPU, seq_len=2000)
     with pytest.raises(BadOption, match=r"precision: bf16 needs a CUDA device"):
-        plan(SMALL, CPU, precision="bf16")
+        plan(DEMO, CPU, precision="bf16")
 
 
 def test_file_size_of_llama_2_7b() -> None:
@@ -105,19 +90,19 @@ def test_a_large_model_is_refused_on_a_cpu_with_estimate_and_remedy(tmp_path: Pa
         "--force",
     ):
         assert part in message, (part, message)
-    plan(SMALL, CPU, tokens=400_000).require_machine(tmp_path)
+    plan(DEMO, CPU, tokens=400_000).require_machine(tmp_path)
     with pytest.raises(NotEnoughMachine, match=r"the training would take about \d+ h"):
-        plan(SMALL, CPU).require_machine(tmp_path)
+        plan(DEMO, CPU).require_machine(tmp_path)
 
 
 def test_checkpoints_need_disk(tmp_path: Path) -> None:
-    found = dataclasses.replace(plan(SMALL, H200), checkpoint_bytes=10**18)
+    found = dataclasses.replace(plan(DEMO, H200), checkpoint_bytes=10**18)
     with pytest.raises(NotEnoughMachine, match=r"H200\): .* of disk are free in .* use --keep-checkpoints 1"):
         found.require_machine(tmp_path / "not" / "yet")
 
 
 def test_estimated_activations_are_what_autograd_keeps() -> None:
-    a = dataclasses.replace(SMALL, num_layers=2)
+    a = dataclasses.replace(DEMO, num_layers=2)
     found = plan(a, CPU, batch_size=2, seq_len=256)
     options = ComputeOptions()
     parts = TrainingParts(architecture=a, quantization=found.quantization, options=options)

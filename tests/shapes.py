@@ -1,0 +1,45 @@
+"""Shapes of known models, as architectures. No weights."""
+
+import dataclasses
+
+from rcpformat import Architecture
+
+LLAMA_2_7B = Architecture(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+LLAMA_3_8B = dataclasses.replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_kv_heads=8)
+LLAMA_32_1B = dataclasses.replace(
+    LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, num_layers=16, head_dim=64, num_kv_heads=8
+)
+DEMO = dataclasses.replace(
+    LLAMA_2_7B,
+    vocab_size=2048,
+    hidden_size=192,
+    intermediate_size=480,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+)
+"""The bundled model's, but for its one table."""
+WIKI_22M = dataclasses.replace(
+    DEMO,
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+)
+"""22 million parameters."""
