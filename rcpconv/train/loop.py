@@ -24,10 +24,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadCompiler, TrainingDiverged
+from rcpconv.errors import TrainingDiverged
 from rcpconv.model import Decoder
 from rcpconv.runs import METRICS, PLOT, Run
 from rcpconv.train import checkpoints
+from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, distill, teacher_confidence
 from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
@@ -35,8 +36,6 @@ from rcpconv.train.tokens import Sequences
 
 CONFIDENCE_BATCHES = 4
 """How many batches CAKLD's beta is measured on, before the first update."""
-_COMPILED_DIFFERENCE = 0.2
-"""How far a compiled layer's gradients may be from the eager ones: fused operations round elsewhere, and flip codes."""
 _PLOT_SECONDS = 60
 _SMOOTHING = 0.9
 _EXPLODED = (2.0, 1.0)
@@ -129,7 +128,7 @@ class Trainer:
         """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
         c, counters = self.config, self.counters
         if c.compile == "on":
-            self._compile()
+            compile_layers(self.student, self.teacher, self._tokens(0, 1))
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
@@ -162,22 +161,6 @@ class Trainer:
         finally:
             metrics.close()
             self._plot()
-
-    def _compile(self) -> None:
-        """Compile every layer. Raises BadCompiler where that changes what a layer learns (docs/log.md, 2026-11-22)."""
-        tokens_BT = self._tokens(0, 1)
-        eager = _first_layer_gradients(self.student, tokens_BT)
-        for model in (self.student, self.teacher):
-            for layer in model.layers:
-                layer.compile()
-        compiled = _first_layer_gradients(self.student, tokens_BT)
-        for name, gradient in eager.items():
-            difference = (compiled[name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
-            if not difference < _COMPILED_DIFFERENCE:
-                raise BadCompiler(
-                    f"compile: torch.compile of torch {torch.__version__} gives layers.0.{name} a gradient that "
-                    f"differs by {difference:.0%} from the one without; train with --compile off, or try another torch"
-                )
 
     def _update(self, loss: Loss) -> None:
         counters = self.counters
@@ -261,18 +244,6 @@ def _catching_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _first_layer_gradients(student: Decoder, tokens_BT: Tensor) -> dict[str, Tensor]:
-    """The gradients of the first layer's parameters for some loss."""
-    layer = student.layers[0]
-    with torch.no_grad():
-        x_BTC = student.embed.embed(tokens_BT)  # type: ignore[operator]
-    y_BTC = layer(x_BTC, *student.rope(tokens_BT.shape[1]), student.options)
-    y_BTC.backward(torch.linspace(-9, 9, y_BTC.numel(), device=y_BTC.device).sin().reshape(y_BTC.shape))
-    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
-    layer.zero_grad(set_to_none=True)
-    return gradients
 
 
 def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
