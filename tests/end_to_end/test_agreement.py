@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from rcpconv.baking import baked_decoder
 from rcpconv.evaluate import evaluate
 from rcpconv.export import export
-from rcpconv.heldout import default_text
+from rcpconv.heldout import Text, default_text
 from rcpconv.layers import FixedClip
 from rcpconv.model import Decoder
 from rcpformat import arithmetic
@@ -128,9 +128,8 @@ def test_the_whole_model_agrees_over_100_000_tokens(tmp_path: Path) -> None:
     """Perplexity within 0.3%; top-1 and KL as torch float32 against float64, within 3 standard errors."""
     run = make_run("demo", tmp_path / "run", one_table=True)
     export(run, tmp_path / "model.rcp")
-    text = tmp_path / "text.txt"
     train = (Path(__file__).parents[2] / "rcpconv/demo/train.txt").read_text(encoding="utf-8")
-    text.write_text(default_text("demo").content + train, encoding="utf-8")
+    text = Text("held-out and training text", default_text("demo").content + train)
     result = evaluate(run=run, rcp=tmp_path / "model.rcp", text=text, window=512, skip=("original",), compare=True)
     assert result.tokens > 100_000
     fake, rcp = (next(m.perplexity for m in result.models if m.name == name) for name in ("fake-quant", "rcp"))
