@@ -1,0 +1,85 @@
+// What several kernels share: types, warp and block reductions, quantization (SPEC.md, chapter 10), half precision,
+// and dependent launch. Compiled with --fmad=false: a fused multiply-add is written fmaf.
+#pragma once
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define FULL_MASK 0xffffffffu
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(RCP_NO_HOPPER)
+#define RCP_HOPPER 1
+#else
+#define RCP_HOPPER 0
+#endif
+
+// Programmatic dependent launch. Everything before pdl_wait may run while earlier kernels still do: it may read weights
+// and constants only. pdl_launch lets the next kernel start; both are nothing where there is no such launch.
+__device__ __forceinline__ void pdl_wait() {
+#if RCP_HOPPER
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void pdl_launch() {
+#if RCP_HOPPER
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// binary16, as its bits.
+__device__ __forceinline__ u16 half_from_float(float x) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+__device__ __forceinline__ float float_from_half(u16 h) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int offset = 16; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, offset));
+    return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(FULL_MASK, x, offset);
+    return x;
+}
+
+// Over all threads of a block (a multiple of 32, at most 1,024); the same value, to the bit, in every thread. scratch:
+// 32 floats of shared memory, free again after the call.
+template <bool MAX>
+__device__ __forceinline__ float block_reduce(float x, float* scratch) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    x = MAX ? warp_max(x) : warp_sum(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = lane < warps ? scratch[lane] : 0.0f;  // 0 changes neither a sum nor a maximum of magnitudes
+    x = MAX ? warp_max(x) : warp_sum(x);
+    __syncthreads();
+    return x;
+}
+
+// SPEC.md, "Activations": codes and scale of one token from its largest magnitude.
+struct TokenScale {
+    float scale, inverse;
+    bool zero;
+};
+__device__ __forceinline__ TokenScale token_scale(float peak, float clip, int bits) {
+    const float largest = (float)((1 << (bits - 1)) - 1);
+    TokenScale t;
+    t.zero = peak < 7.8886090522101181e-31f;  // 2^-100
+    t.scale = t.zero ? 1.0f : __fdiv_rn(__fmul_rn(clip, peak), largest);
+    t.inverse = __fdiv_rn(1.0f, t.scale);
+    return t;
+}
+__device__ __forceinline__ i8 token_code(float x, const TokenScale& t, int bits) {
+    const float largest = (float)((1 << (bits - 1)) - 1);
+    const float code = fminf(fmaxf(rintf(__fmul_rn(x, t.inverse)), -largest - 1.0f), largest);
+    return t.zero ? (i8)0 : (i8)code;
+}
