@@ -16,10 +16,21 @@ LLAMA_2_7B = Architecture(
     rms_norm_eps=1e-5,
     max_position_embeddings=4096,
 )
-LLAMA_3_8B = dataclasses.replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_kv_heads=8)
-LLAMA_32_1B = dataclasses.replace(
-    LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, num_layers=16, head_dim=64, num_kv_heads=8
+LLAMA_2_13B = dataclasses.replace(
+    LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
 )
+LLAMA_3_8B = dataclasses.replace(
+    LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_kv_heads=8, max_position_embeddings=8192
+)
+LLAMA_32_1B = dataclasses.replace(
+    LLAMA_3_8B,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_layers=16,
+    head_dim=64,
+    max_position_embeddings=131072,
+)
+LLAMA_32_3B = dataclasses.replace(LLAMA_32_1B, hidden_size=3072, num_layers=28, num_heads=24, head_dim=128)
 DEMO = dataclasses.replace(
     LLAMA_2_7B,
     vocab_size=2048,
@@ -41,5 +52,6 @@ WIKI_22M = dataclasses.replace(
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
+    max_position_embeddings=2048,
 )
-"""22 million parameters."""
+"""22 million parameters; the real one has one table, too."""
