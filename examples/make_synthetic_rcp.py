@@ -3,9 +3,9 @@
     python examples/make_synthetic_rcp.py llama-2-7b /tmp/7b.rcp
     python examples/make_synthetic_rcp.py llama-2-7b /tmp/one.rcp --layers 1 --context 32768
 
-One tensor is in memory at a time. The file is valid (`rcpconv verify` accepts it) and sizes itself like a real one, but
-for its tokenizer, a word-level one. Weights are drawn so that activations and logits stay near 1 in magnitude, through any
-number of layers; equal seeds give equal bytes. RoPE has the model's base, without LLaMA 3.2's stretching.
+One tensor is in memory at a time. The file is valid (`rcpconv verify` accepts it) and as large as a real one, but for its
+tokenizer, a word-level one. Weights are drawn so that activations and logits stay near 1 in magnitude, through any number
+of layers; equal seeds give equal bytes. RoPE has the model's base, without LLaMA 3.2's stretching.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats")]
 
 from rcpformat import Architecture, Quantization, spec, write_rcp  # noqa: E402
-from rcpformat.errors import FormatError  # noqa: E402
+from rcpformat.errors import OutputExists, OutputNotWritable  # noqa: E402
 from rcpformat.writer import TensorSource, WriteReport  # noqa: E402
 from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_3_8B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M  # noqa: E402
 from tiny_rcp import random_metadata, tiny_tokenizer  # noqa: E402
@@ -121,7 +121,7 @@ def main(shape: str, out: Path, layers: int | None, context: int | None, seed: i
     )
     try:
         report = write_synthetic(out, architecture, theta, seed=seed, force=force)
-    except FormatError as error:
+    except (OutputExists, OutputNotWritable) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{out}: {report.nbytes:,} bytes")
 
