@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rcprun.errors import BackendUnavailable
 
@@ -28,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def cubin_file(name: str, arch: int, defines: Mapping[str, int]) -> Path:
-    """The cubin of kernels/<name>.cu for compute capability `arch` (90 is sm_90), from the cache or compiled into it."""
+    """The cubin of kernels/<name>.cu for compute capability `arch` (90: sm_90), from the cache or compiled into it."""
     file = cache_folder() / f"{name}-{_key(name, arch, defines)}.cubin"
     if not file.exists():
         cubin = compile_cubin(name, arch, defines)
@@ -40,7 +41,7 @@ def cubin_file(name: str, arch: int, defines: Mapping[str, int]) -> Path:
 
 
 def compile_cubin(name: str, arch: int, defines: Mapping[str, int]) -> bytes:
-    """Compile kernels/<name>.cu. Raises BackendUnavailable without NVRTC; AssertionError, with its log, for our errors."""
+    """Compile kernels/<name>.cu. Raises BackendUnavailable without NVRTC, AssertionError for our own errors."""
     nvrtc = _nvrtc()
     headers = _headers()
     program = _checked(
@@ -57,7 +58,7 @@ def compile_cubin(name: str, arch: int, defines: Mapping[str, int]) -> bytes:
     cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
-    return cubin
+    return bytes(cubin)
 
 
 def _options(arch: int, defines: Mapping[str, int]) -> list[str]:
@@ -80,7 +81,7 @@ def _key(name: str, arch: int, defines: Mapping[str, int]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 
 
-def _nvrtc():  # type: ignore[no-untyped-def]
+def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
@@ -90,7 +91,7 @@ def _nvrtc():  # type: ignore[no-untyped-def]
     return nvrtc
 
 
-def _checked(answer):  # type: ignore[no-untyped-def]
+def _checked(answer: tuple[Any, ...]) -> Any:
     """What an NVRTC call returned, without its status."""
     status, *values = answer
     assert int(status) == 0, status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cupy
@@ -94,13 +94,13 @@ class Kernel:
             raise RuntimeError(f"{self._function.name}: launch of {grid} × {block} failed: {status!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(file: str, name: str, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
     """The kernel, compiled and loaded once a process."""
     return Kernel(file, name, **dict(defines))
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiprocessors() -> int:
     """Of the current GPU."""
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])

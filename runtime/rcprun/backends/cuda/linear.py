@@ -1,0 +1,148 @@
+"""2-bit linear layers on the GPU: packed once, then multiplied with the codes of 1 to 8 tokens. Launches linear.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+
+from rcpformat import spec
+from rcpformat.codec import PackedLinear
+from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel, multiprocessors
+
+MAX_TOKENS = 8
+"""Of one launch."""
+UNIT_COLUMNS = 128
+TILE_ROWS = 16
+
+# Prologues and epilogues of linear.cu.
+CODES, NORMALIZE, QUANTIZE = 0, 1, 2
+STORE, ADD, SWIGLU = 0, 1, 2
+
+_WARPS, _STAGE_UNITS = 16, 2
+_STAGES = {1: 5, MAX_TOKENS: 4}
+"""Of each warp's ring, by the variant's tokens: at batch 1 two blocks share a multiprocessor."""
+
+
+def padded(columns: int) -> int:
+    """Bytes of a token's codes: columns, up to whole units."""
+    return spec.ceil_div(columns, UNIT_COLUMNS) * UNIT_COLUMNS
+
+
+def _unit_bytes(group: int) -> int:
+    return 512 + 64 * (UNIT_COLUMNS // group)
+
+
+class UnitLinear:
+    """One or several linear layers of the same input as units: rows after each other, or gate and up interleaved."""
+
+    def __init__(self, layers: Sequence[PackedLinear], *, interleave: bool = False) -> None:
+        """layers: as the file holds them. interleave: they are gate and up, for SWIGLU."""
+        assert not interleave or len(layers) == 2
+        self.interleaved = interleave
+        self.k = layers[0].shape[1]
+        self.group = min(layer.group_size for layer in layers)
+        self.units = spec.ceil_div(self.k, UNIT_COLUMNS)
+        rows = sum(layer.shape[0] for layer in layers)
+        self.n = rows // 2 if interleave else rows
+        self.tiles = spec.ceil_div(self.n, TILE_ROWS // 2 if interleave else TILE_ROWS)
+        self.unit_TU = cupy.zeros((self.tiles, self.units, _unit_bytes(self.group)), dtype=np.uint8)
+        self.scale_R = cupy.zeros(self.tiles * TILE_ROWS, dtype=np.float32)
+        biased = any(layer.bias is not None for layer in layers)
+        self.bias_R = cupy.zeros(self.tiles * TILE_ROWS, dtype=np.float32) if biased else None
+        base = 0
+        for side, layer in enumerate(layers):
+            self._repack(layer, base, side if interleave else -1)
+            base += layer.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.unit_TU.nbytes + self.scale_R.nbytes * (1 if self.bias_R is None else 2))
+
+    def _repack(self, layer: PackedLinear, base: int, side: int) -> None:
+        n, k = layer.shape
+        assert k == self.k
+        levels = layer.levels.repeat(layer.group_size // self.group, axis=1)  # of layers whose groups are larger
+        codes, levels, scale = (cupy.asarray(np.ascontiguousarray(part)) for part in (layer.codes, levels, layer.scale))
+        bias = None if layer.bias is None else cupy.asarray(np.ascontiguousarray(layer.bias))
+        kernel("repack", "repack", (("GROUP", self.group),)).launch(
+            spec.ceil_div(n * self.units * 4, 256),
+            256,
+            (
+                codes,
+                levels,
+                scale,
+                bias,
+                *map(np.int32, (n, codes.shape[1], levels.shape[1])),
+                self.unit_TU,
+                self.scale_R,
+                self.bias_R,
+                *map(np.int32, (self.units, base, side)),
+            ),
+        )
+
+
+def linear(
+    weights: UnitLinear,
+    x: Any,
+    out: Any,
+    *,
+    prologue: int,
+    epilogue: int,
+    a_bits: int,
+    x_scale: Any | None = None,
+    clip: np.float32 | None = None,
+    eps: float = 0.0,
+    hopper: bool = True,
+) -> None:
+    """out (m, n) float32 of x: codes int8 (m, padded(k)) with x_scale (m,) for CODES, else float32 (m, k).
+
+    NORMALIZE and QUANTIZE take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs interleaved weights.
+    hopper: False takes the path for GPUs before sm_90 everywhere.
+    """
+    m = len(x)
+    assert 1 <= m <= MAX_TOKENS and (epilogue == SWIGLU) == weights.interleaved
+    if prologue == CODES:
+        check(x, "x", np.int8, (m, weights.units * UNIT_COLUMNS))
+        check(x_scale, "x_scale", np.float32, (m,))
+    else:
+        check(x, "x", np.float32, (m, weights.k))
+    check(out, "out", np.float32, (m, weights.n))
+    tokens = 1 if m == 1 else MAX_TOKENS
+    stages = _STAGES[tokens]
+    defines = {
+        "GROUP": weights.group,
+        "TOKENS": tokens,
+        "A_BITS": a_bits,
+        "PROLOGUE": prologue,
+        "EPILOGUE": epilogue,
+        "STAGES": stages,
+    }
+    blocks = min(weights.tiles, multiprocessors())
+    owned = spec.ceil_div(weights.tiles, blocks)
+    ring = _WARPS * stages * _STAGE_UNITS * _unit_bytes(weights.group)
+    shared = ring + tokens * (weights.units * UNIT_COLUMNS + 16) + owned * TILE_ROWS * tokens * 4
+    kernel("linear", "linear", _defines(defines, hopper)).launch(
+        blocks,
+        _WARPS * 32,
+        (
+            weights.unit_TU,
+            weights.scale_R,
+            weights.bias_R,
+            x,
+            x_scale,
+            out,
+            *map(np.int32, (m, weights.k, weights.n, weights.tiles, weights.units)),
+            np.float32(0 if clip is None else clip),
+            np.float32(eps),
+        ),
+        shared=shared,
+        overlap=True,
+    )
+
+
+def _defines(defines: Mapping[str, int], hopper: bool) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((defines if hopper else {**defines, NO_HOPPER: 1}).items()))
