@@ -3,9 +3,9 @@
     python examples/make_synthetic_rcp.py llama-2-7b /tmp/7b.rcp
     python examples/make_synthetic_rcp.py llama-2-7b /tmp/one.rcp --layers 1 --context 32768
 
-One tensor is in memory at a time. The file is valid (`rcpconv verify` accepts it) and as large as a real one, but for its
-tokenizer, a word-level one. Weights are drawn so that activations and logits stay near 1 in magnitude, through any number
-of layers; equal seeds give equal bytes. RoPE has the model's base, without LLaMA 3.2's stretching.
+One tensor is in memory at a time. The file is valid (`rcpconv verify` accepts it) and as large as a real one, but for
+its tokenizer, a word-level one. Weights are drawn so that activations and logits stay near 1 in magnitude, through any
+number of layers; equal seeds give equal bytes. RoPE has the model's base, without LLaMA 3.2's stretching.
 """
 
 import dataclasses
