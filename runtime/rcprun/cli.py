@@ -62,15 +62,28 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="What computes; auto takes the GPU where there is one.",
         ),
-        click.option("-c", "--context", type=click.IntRange(1), help="Tokens of prompt and reply together."),
         click.argument("model"),
     ):
         command = decorate(command)
     return command
 
 
+_context_option = click.option("-c", "--context", type=click.IntRange(1), help="Tokens of prompt and reply together.")
+
+
+def _integers(low: int) -> dict[str, Any]:
+    """Of an option that takes integers of at least `low`, separated by commas."""
+    item = click.IntRange(low)
+
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(item(part.strip(), param, ctx) for part in value.split(","))
+
+    return {"callback": parse, "metavar": "N,..."}
+
+
 @main.command(cls=_Run, epilog=EXIT_CODES)
 @_model_options
+@_context_option
 @click.option("-p", "--prompt", help="The prompt; with --chat, one message of the user's.")
 @click.option("-f", "--file", "prompt_file", type=click.File("rb"), help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Use the model's chat template; without a prompt, talk turn by turn.")
@@ -106,7 +119,7 @@ def run(
 
     Tokens are chosen in this order: repeat penalty, top-k, top-p, min-p, temperature.
 
-    `rcp-run score MODEL` computes log-likelihoods instead; see `rcp-run score --help`.
+    `rcp-run score MODEL` computes log-likelihoods instead, and `rcp-run bench MODEL` measures speed; see their --help.
     """
     with _errors_to_exit_codes():
         if system is not None and not chat:
@@ -138,6 +151,7 @@ def run(
 
 @main.command(epilog=EXIT_CODES)
 @_model_options
+@_context_option
 @click.option("--tokens", "tokens_file", type=click.File("rb"), required=True, help="JSON lines; - is standard input.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write here, not to standard output.")
 @click.option("--top1", is_flag=True, help="Add the likeliest next token after each token.")
@@ -166,6 +180,27 @@ def score(
 
         loaded = load(model, backend=backend, context=context, verify=verify)
         score_file(loaded.backend, loaded.file.architecture.vocab_size, tokens_file, out, top1, logits, force)
+
+
+@main.command(epilog=EXIT_CODES)
+@_model_options
+@click.option("-p", "--prompts", **_integers(0), help="Lengths of prompts; 0: none.  [default: 512,2048]")
+@click.option("-n", "--generated", **_integers(0), help="Tokens to generate; 0: none.  [default: 128]")
+@click.option("-d", "--depths", **_integers(0), help="Tokens before those.  [default: 0,512,4096,16384]")
+@click.option("--batch", "batches", **_integers(1), default="1", show_default=True, help="Sequences at a time.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Runs of each test.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write all of it here.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def bench(**options: Any) -> None:
+    """Measure how fast MODEL runs, in tokens per second (mean ± standard deviation), as a markdown table.
+
+    Tests are named as in llama-bench: pp512 is a prompt of 512 tokens, tg128 generates 128, and "@ d4096" says that
+    4,096 tokens were there before. Defaults that exceed the model's context are left out.
+    """
+    with _errors_to_exit_codes():
+        from rcprun.bench import bench_file
+
+        bench_file(**options)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Any) -> str:

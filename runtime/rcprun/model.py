@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypedDict, Unpack
 
 from rcpformat.errors import FormatError, UnreadableFile
@@ -41,13 +42,25 @@ def load(
 
     Raises RcpRunError: BadModelFile, HubError, BackendUnavailable, BadRequest.
     """
-    path = hub.resolve(model)
-    try:
-        file = RcpFile.open(path, verify=verify)
-        trained = file.architecture.max_position_embeddings
-        if context is not None and not 1 <= context <= trained:
-            raise BadRequest(f"context: expected from 1 to {trained} tokens, as the model was trained; found {context}")
+    file = open_file(model, verify=verify)
+    trained = file.architecture.max_position_embeddings
+    if context is not None and not 1 <= context <= trained:
+        raise BadRequest(f"context: expected from 1 to {trained} tokens, as the model was trained; found {context}")
+    with _bad_model_files():
         return Model(file, backends.create(backend, file, context or trained))
+
+
+def open_file(model: str | os.PathLike[str], *, verify: bool = False) -> RcpFile:
+    """The file that `load` would run, open. Raises BadModelFile or HubError."""
+    path = hub.resolve(model)
+    with _bad_model_files():
+        return RcpFile.open(path, verify=verify)
+
+
+@contextmanager
+def _bad_model_files() -> Iterator[None]:
+    try:
+        yield
     except (UnreadableFile, FormatError) as error:
         raise BadModelFile(str(error)) from error
 

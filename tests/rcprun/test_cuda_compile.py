@@ -1,4 +1,4 @@
-"""Every kernel compiles, with NVRTC and with nvcc, for every kind of GPU; and cubins are cached correctly. No GPU needed."""
+"""Every kernel compiles for every kind of GPU, with NVRTC and with nvcc; cubins are cached correctly. Needs no GPU."""
 
 from __future__ import annotations
 
