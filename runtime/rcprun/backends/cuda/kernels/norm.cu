@@ -1,0 +1,135 @@
+// RMSNorm and quantization of activations (SPEC.md, "RMSNorm" and "Activations"), one block a row.
+//
+//   x      f32  [M][RCP_K]
+//   codes  i8   [M][kpad]   out; kpad a multiple of 4, bytes from RCP_K on are not touched
+//   scale  f32  [M]         out; NaN where x holds one
+//   out    f32  [M][RCP_K]  out of `normalize`
+//   bits   4 or 8
+//
+// A row lives in registers, RCP_K / RCP_THREADS floats a thread: meant for up to 48, right for any number. Codes are
+// those of the normalized floats: x ↦ round(x · inverse root) is monotone, so that the largest normalized magnitude
+// is the largest magnitude, normalized.
+#include "common.cuh"
+
+#ifndef RCP_K
+#error "RCP_K: channels"
+#endif
+#ifndef RCP_THREADS
+#error "RCP_THREADS: threads in a block, a multiple of 32"
+#endif
+
+constexpr int WIDTH = RCP_K % 4 ? 1 : 4;  // floats of a load: rows are aligned to 16 bytes if RCP_K is a multiple of 4
+constexpr int VECTORS = RCP_K / WIDTH;
+constexpr int TURNS = (VECTORS + RCP_THREADS - 1) / RCP_THREADS;
+
+// The vectors of one row that this thread holds: number threadIdx.x, + RCP_THREADS, …; zeros after the last.
+struct Row {
+    float x[TURNS][WIDTH];
+
+    __device__ __forceinline__ void load(const float* row) {
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            const int v = threadIdx.x + i * RCP_THREADS;
+            if constexpr (WIDTH == 4) {
+                const float4 four = v < VECTORS ? ((const float4*)row)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+            } else {
+                x[i][0] = v < VECTORS ? row[v] : 0.0f;
+            }
+        }
+    }
+};
+
+struct Statistics {
+    float squares, peak;  // Σ x² and max |x|; squares is NaN if any x is
+};
+
+// The same value in every thread.
+__device__ __forceinline__ Statistics statistics(const Row& row) {
+    __shared__ float squares_of[32], peak_of[32];
+    Statistics s = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            s.squares = fmaf(row.x[i][j], row.x[i][j], s.squares);
+            s.peak = fmaxf(s.peak, fabsf(row.x[i][j]));
+        }
+    }
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    s = {warp_sum(s.squares), warp_max(s.peak)};
+    if (lane == 0) squares_of[warp] = s.squares, peak_of[warp] = s.peak;
+    __syncthreads();
+    const bool there = lane < RCP_THREADS / 32;
+    return {warp_sum(there ? squares_of[lane] : 0.0f), warp_max(there ? peak_of[lane] : 0.0f)};
+}
+
+__device__ __forceinline__ float inverse_root(float squares, float eps) {
+    const float mean = __fdiv_rn(squares, (float)RCP_K);
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
+}
+
+// Quantizes row · factor, whose largest magnitude is `peak`.
+__device__ __forceinline__ void quantize_row(
+    const Row& row, float factor, float peak, i8* codes, float* scale, float clip, i32 bits) {
+    const TokenScale token = token_scale(peak, clip, bits);
+    if (threadIdx.x == 0) *scale = token.scale;
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        const int v = threadIdx.x + i * RCP_THREADS;
+        u32 packed = 0;
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j)
+            packed |= (u32)(u8)token_code(__fmul_rn(row.x[i][j], factor), token, bits) << (8 * j);
+        if (v < VECTORS) {
+            if constexpr (WIDTH == 4)
+                ((u32*)codes)[v] = packed;
+            else
+                codes[v] = (i8)packed;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(RCP_THREADS)
+    norm_quantize(const float* x, i8* codes, float* scale, i32 kpad, float eps, float clip, i32 bits) {
+    pdl_launch();
+    pdl_wait();
+    Row row;
+    row.load(x + (i64)blockIdx.x * RCP_K);
+    const Statistics s = statistics(row);
+    const float factor = inverse_root(s.squares, eps);
+    i8* const out = codes + (i64)blockIdx.x * kpad;
+    quantize_row(row, factor, __fmul_rn(s.peak, factor), out, scale + blockIdx.x, clip, bits);
+}
+
+extern "C" __global__ void __launch_bounds__(RCP_THREADS)
+    quantize(const float* x, i8* codes, float* scale, i32 kpad, float clip, i32 bits) {
+    pdl_launch();
+    pdl_wait();
+    Row row;
+    row.load(x + (i64)blockIdx.x * RCP_K);
+    const Statistics s = statistics(row);
+    const float peak = s.squares == s.squares ? s.peak : s.squares;
+    quantize_row(row, 1.0f, peak, codes + (i64)blockIdx.x * kpad, scale + blockIdx.x, clip, bits);
+}
+
+extern "C" __global__ void __launch_bounds__(RCP_THREADS) normalize(const float* x, float* out, float eps) {
+    pdl_launch();
+    pdl_wait();
+    Row row;
+    row.load(x + (i64)blockIdx.x * RCP_K);
+    const float factor = inverse_root(statistics(row).squares, eps);
+    float* const place = out + (i64)blockIdx.x * RCP_K;
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        const int v = threadIdx.x + i * RCP_THREADS;
+        if (v >= VECTORS) continue;
+        float y[WIDTH];
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) y[j] = __fmul_rn(row.x[i][j], factor);
+        if constexpr (WIDTH == 4)
+            ((float4*)place)[v] = make_float4(y[0], y[1], y[2], y[3]);
+        else
+            place[v] = y[0];
+    }
+}
