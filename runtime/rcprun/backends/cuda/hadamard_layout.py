@@ -1,0 +1,136 @@
+"""How hadamard.cu cuts transforms: definitions it is compiled with, and ±1 matrices in the order it reads them.
+
+Plain data and NumPy: needs no GPU and no CuPy. Knows nothing of launching.
+
+Shape suffixes: D dense order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpformat.hadamard import HadamardPlan
+from rcpformat.spec import ceil_div
+
+_TOKENS_PLANNED = {True: 8, False: 2048}
+"""Few, and many: what the two layouts of a transform are chosen for."""
+_MULTIPROCESSORS = 132
+"""Layouts are chosen for an H200 whatever the GPU, so that they, and the last bits, are the same everywhere."""
+_REGISTERS, _SHARED = 1 << 16, 227 * 1024
+"""Registers, and bytes of shared memory, of one of them."""
+_SHARED_LIMIT = 99 * 1024
+"""Bytes of shared memory a block of any GPU since sm_80 may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How hadamard.cu cuts a transform: its definitions."""
+
+    dense: int
+    columns: int
+    groups: int
+    row_parts: int
+    mt: int
+    nt: int
+
+    @property
+    def parts(self) -> int:
+        """Blocks to a vector."""
+        return self.groups * self.row_parts
+
+    @property
+    def width(self) -> int:
+        """Columns of a block."""
+        return self.columns // self.groups
+
+    @property
+    def k_steps(self) -> int:
+        """Steps of 16 along the sums, and tiles of 16 rows."""
+        return ceil_div(self.dense, 16)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows of a block."""
+        return ceil_div(self.k_steps, self.row_parts * self.mt) * self.mt
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.tiles // self.mt * self.width // (8 * self.nt)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return 6 * 16 * self.k_steps * (8 if self.width == 8 else self.width + 8)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, enough not to spill."""
+        tiles = self.mt * self.nt
+        return max(80, 4 * tiles * (2 if tiles >= 4 else 3) + 48)
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """Of hadamard.cu, but for CODES."""
+        return (
+            ("DENSE", self.dense),
+            ("COLUMNS", self.columns),
+            ("GROUPS", self.groups),
+            ("ROW_PARTS", self.row_parts),
+            ("MT", self.mt),
+            ("NT", self.nt),
+        )
+
+
+def layouts(plan: HadamardPlan) -> Iterator[Layout]:
+    """All that hadamard.cu can run for one block of the plan; none if its Sylvester part is below 8."""
+    powers = [2**i for i in range(3, plan.sylvester.bit_length())]
+    for columns, groups, row_parts, mt, nt in product(powers, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4)):
+        dense = plan.block // columns
+        a = Layout(dense=dense, columns=columns, groups=groups, row_parts=row_parts, mt=mt, nt=nt)
+        fits = a.dense <= 2048 and 8 <= a.width <= 128 and a.width % (8 * nt) == 0 and a.parts <= 8
+        useful = mt * row_parts <= max(2, a.k_steps)
+        small = a.threads <= 1024 and a.threads * a.registers <= _REGISTERS and a.shared <= _SHARED_LIMIT
+        if fits and useful and small:
+            yield a
+
+
+def cost(layout: Layout, tokens: int) -> float:
+    """Estimated clocks of an H200 for so many tokens: latencies, and what a multiprocessor does at its rates."""
+    a = layout
+    columns, rows = a.width / 8, 16 * a.k_steps
+    products = a.tiles * columns * a.k_steps * 3
+    tensor = max(products * 6.5 / min(4.0, a.threads / 32), products / a.mt * 2)  # or the reading of B fragments
+    stages = a.width.bit_length() - 3
+    vector = rows * a.width * (a.groups / 128 + stages / 32) + a.dense * a.columns * 4 / 50  # or the reading of input
+    resident = max(1, min(_REGISTERS // (a.threads * a.registers), _SHARED // (a.shared + 1024)))
+    waves = max(1.0, tokens * a.parts / _MULTIPROCESSORS)
+    busy = waves * (max(tensor, vector) + min(tensor, vector) / min(resident, waves))
+    loads = rows * a.width * a.groups / 4 / a.threads
+    return 1500 + 500 * (a.parts > 1) + 40 * loads + 35 * a.k_steps + busy
+
+
+@cache
+def best_layout(plan: HadamardPlan, few: bool) -> Layout | None:
+    """The cheapest layout for few tokens, or for many; None if hadamard.cu has none."""
+    return min(layouts(plan), key=lambda layout: cost(layout, _TOKENS_PLANNED[few]), default=None)
+
+
+def sign_words(d_DD: NDArray[np.int8], tiles: int) -> NDArray[np.uint32]:
+    """The signs of a ±1 matrix as hadamard.cu reads them, for this many tiles of 16 rows: (tiles, words, 32)."""
+    steps = ceil_div(len(d_DD), 16)
+    words = ceil_div(steps, 4)
+    negative = np.zeros((16 * tiles, 64 * words), np.uint32)
+    negative[: len(d_DD), : len(d_DD)] = d_DD < 0
+    # row = 16 tile + 8 (j % 2) + lane // 4; column = 64 word + 16 step + 8 (j // 2) + 2 (lane % 4) + half
+    parts = negative.reshape(tiles, 2, 8, words, 4, 2, 4, 2)
+    tile_word_lane = parts.transpose(0, 3, 2, 6, 4, 5, 1, 7)  # … lane // 4, lane % 4, step, j // 2, j % 2, half
+    place = 15 - np.arange(16).reshape(4, 2, 2, 1) + 16 * np.arange(2)
+    signs: NDArray[np.uint32] = (tile_word_lane << place.astype(np.uint32)).sum((4, 5, 6, 7), dtype=np.uint32)
+    return np.ascontiguousarray(signs.reshape(tiles, words, 32))

@@ -1,0 +1,293 @@
+// had(x) = norm · (H x) of vectors of b = DENSE · COLUMNS channels (SPEC.md, chapter 9), as float32 or quantized
+// (SPEC.md, "Activations").
+//
+//   x       float32 [V][b]          16-byte aligned; V vectors, `copies` to a token
+//   factor  float32 [copies][b] or null   multiplied with x first, one rounding
+//   bits    u32 [ROW_PARTS * TILES][K_WORDS][32]   the signs of D, in the order of its fragments: see signs() below
+//   norm    f32(1 / sqrt(b))
+//   CODES 0: y      float32 [V][b]  not x
+//   CODES 1: codes  int8 [V][stride], the first b bytes of a row are written; scale float32 [V]; copies is 1
+//
+// H_b = D ⊗ Y: D = P_m ⊗ Sylvester(DENSE / m) of any order DENSE, Y = Sylvester(COLUMNS), a power of two. x is a matrix
+// X[DENSE][COLUMNS], and H x = D (X Y). PARTS = GROUPS · ROW_PARTS blocks, a cluster where CODES is 1, share a vector: each
+// computes the rows of one of ROW_PARTS ranges in one of GROUPS ranges of WIDTH columns, and reads all of X. X Y: the sum
+// over the GROUPS ranges with the signs of Sylvester(GROUPS), 4 channels a thread, then Sylvester(WIDTH) in registers and
+// by shuffles. D by tensor cores: ±1 is exact in bf16, and a float32 is the exact sum of three bf16 (the upper, middle and
+// lower 8 bits of its significand). The upper ones have a sum of their own: it is nearly exact, and where the tensor core
+// truncates the others' sum, that is 2^-8 of the effect. Integers are exact while all sums stay below 2^24.
+//
+// Limits: COLUMNS, GROUPS powers of two; 8 ≤ WIDTH ≤ 128; NT divides WIDTH / 8; PARTS ≤ 8. Grid V · PARTS, block THREADS,
+// dynamic shared memory 6 · 16 · K_STEPS · STRIDE bytes.
+#include "common.cuh"
+
+#ifndef DENSE
+#error "DENSE: the order of D"
+#endif
+#ifndef COLUMNS
+#error "COLUMNS: the order of Y"
+#endif
+#ifndef GROUPS
+#error "GROUPS: ranges of columns, each of other blocks"
+#endif
+#ifndef ROW_PARTS
+#error "ROW_PARTS: ranges of rows, each of other blocks"
+#endif
+#ifndef MT
+#error "MT: tiles of 16 rows of a warp"
+#endif
+#ifndef NT
+#error "NT: tiles of 8 columns of a warp: 1, 2 or 4"
+#endif
+#ifndef CODES
+#error "CODES: 0 for float32 output, 1 for codes and scales"
+#endif
+
+constexpr int WIDTH = COLUMNS / GROUPS;
+constexpr int PARTS = GROUPS * ROW_PARTS;
+constexpr int K_STEPS = (DENSE + 15) / 16;
+constexpr int K_WORDS = (K_STEPS + 3) / 4;
+constexpr int TILES = ((K_STEPS + ROW_PARTS - 1) / ROW_PARTS + MT - 1) / MT * MT;
+constexpr int COLUMN_SPANS = WIDTH / (8 * NT);
+constexpr int THREADS = TILES / MT * COLUMN_SPANS * 32;
+constexpr int STRIDE = WIDTH == 8 ? 8 : WIDTH + 8;  // an odd number of 16-byte units: ldmatrix without bank conflicts
+constexpr int CHAINS = MT * NT >= 4 ? 2 : 3;        // accumulators: upper terms | others, or one each
+constexpr int REGISTERS = 4 * MT * NT * CHAINS > 32 ? 4 * MT * NT * CHAINS + 48 : 80;  // enough without spills
+static_assert(WIDTH >= 8 && WIDTH <= 128 && WIDTH % (8 * NT) == 0 && PARTS <= 8, "limits");
+
+// Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels: channel
+// q·2NT + 2t + e is column 2q + e of tile t.
+__device__ __forceinline__ int stored_column(int column) {
+    const int within = column % (8 * NT);
+    return column - within + within % (2 * NT) / 2 * 8 + within / (2 * NT) * 2 + within % 2;
+}
+
+// The upper 16 bits of both, which are bf16, as a pair; and what they leave.
+__device__ __forceinline__ u32 split_pair(float& a, float& b) {
+    const u32 a_bits = __float_as_uint(a), b_bits = __float_as_uint(b);
+    a -= __uint_as_float(a_bits & 0xffff0000u);
+    b -= __uint_as_float(b_bits & 0xffff0000u);
+    return __byte_perm(a_bits, b_bits, 0x7632);
+}
+
+// Register `j` (0..3) of the A fragment of k step `step` (0..3 within the word): a pair of bf16 ±1. Bits 15 - s and 31 - s,
+// s = 4·step + j, are the signs of its lower and upper half.
+__device__ __forceinline__ u32 signs(u32 word, int step, int j) {
+    return ((word << (4 * step + j)) & 0x80008000u) | 0x3f803f80u;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32* b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// B fragments of NT tiles: 16 rows and 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
+__device__ __forceinline__ void load_b(u32 (&b)[2 * NT], u32 address) {
+    if constexpr (NT == 1) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
+    } else {
+#pragma unroll
+        for (int i = 0; i < NT / 2; ++i)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(b[4 * i]), "=r"(b[4 * i + 1]), "=r"(b[4 * i + 2]), "=r"(b[4 * i + 3])
+                         : "r"(address + 32 * i) : "memory");
+    }
+}
+
+// Where 4 channels of range g begin; `quad` counts them row by row, and rows past the last repeat it.
+__device__ __forceinline__ int input_channel(int quad, int g) {
+    constexpr int QUADS = WIDTH / 4;
+    return min(quad / QUADS, DENSE - 1) * COLUMNS + g * WIDTH + quad % QUADS * 4;
+}
+
+// X Y of this block's columns, split into three bf16 terms [3][16 · K_STEPS][STRIDE]; rows from DENSE on are zero.
+__device__ __forceinline__ void sylvester(const float* x, const float* factor, int group, u16* terms) {
+    constexpr int QUADS = WIDTH / 4, COUNT = 16 * K_STEPS * QUADS, TERM = 16 * K_STEPS * STRIDE;
+    constexpr int ROUNDS = (COUNT + THREADS - 1) / THREADS;
+    constexpr int BATCH = ROUNDS * GROUPS <= 8 ? ROUNDS : 8 / GROUPS;  // loads are in flight together
+    const int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < ROUNDS * THREADS; first += BATCH * THREADS) {
+        float4 u[BATCH][GROUPS];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) u[i][g] = *(const float4*)(x + input_channel(first + i * THREADS, g));
+        if (factor) {
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+                for (int g = 0; g < GROUPS; ++g) {
+                    const float4 f = *(const float4*)(factor + input_channel(first + i * THREADS, g));
+                    u[i][g] = {u[i][g].x * f.x, u[i][g].y * f.y, u[i][g].z * f.z, u[i][g].w * f.w};
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int row = (first + i * THREADS) / QUADS, column = (first + i * THREADS) % QUADS * 4;
+            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) {
+                const float sign = __popc(group & g) & 1 ? -1.0f : 1.0f;
+                v[0] = fmaf(sign, u[i][g].x, v[0]);
+                v[1] = fmaf(sign, u[i][g].y, v[1]);
+                v[2] = fmaf(sign, u[i][g].z, v[2]);
+                v[3] = fmaf(sign, u[i][g].w, v[3]);
+            }
+            const float a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+            v[0] = a + c;
+            v[1] = b + d;
+            v[2] = a - c;
+            v[3] = b - d;
+#pragma unroll
+            for (int offset = 1; offset < QUADS; offset *= 2) {
+                const float sign = lane & offset ? -1.0f : 1.0f;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) v[j] = fmaf(sign, v[j], __shfl_xor_sync(FULL_MASK, v[j], offset));
+            }
+            if (row >= 16 * K_STEPS) continue;
+            if (row >= DENSE) v[0] = v[1] = v[2] = v[3] = 0.0f;
+            u16* const low = terms + row * STRIDE + stored_column(column);
+            u16* const high = terms + row * STRIDE + stored_column(column + 2);
+#pragma unroll
+            for (int term = 0; term < 3; ++term) {
+                *(u32*)(low + term * TERM) = split_pair(v[0], v[1]);
+                *(u32*)(high + term * TERM) = split_pair(v[2], v[3]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if RCP_HOPPER
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if RCP_HOPPER
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The largest of all blocks' values. peaks: PARTS floats. An arrival of all threads must precede it.
+__device__ __forceinline__ float cluster_max(float peak, int part, float* peaks) {
+#if RCP_HOPPER
+    cluster_wait();  // all blocks run: their shared memory may be written
+    if (threadIdx.x < PARTS) {
+        const u32 own = (u32)__cvta_generic_to_shared(peaks + part);
+        asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
+                     :: "r"(own), "r"(threadIdx.x), "f"(peak) : "memory");
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+    for (int i = 0; i < PARTS; ++i) peak = fmaxf(peak, peaks[i]);
+    return peak;
+#else
+    __trap();  // quantizing several blocks' vector takes a cluster
+    return peak;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTERS))
+hadamard(const float* x, const float* factor, const u32* __restrict__ bits, float norm, int copies, float* y, i8* codes,
+         float* scale, int stride, float clip, int code_bits) {
+    extern __shared__ __align__(16) u16 terms[];
+    constexpr int TERM_BYTES = 16 * K_STEPS * STRIDE * 2;
+    pdl_launch();
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int part = blockIdx.x % PARTS, group = part % GROUPS;
+    const i64 vector = blockIdx.x / PARTS;
+    const int tile = part / GROUPS * TILES + warp / COLUMN_SPANS * MT, span = warp % COLUMN_SPANS * 8 * NT;
+
+    // Signs are read two words ahead.
+    u32 word[MT], next[MT], after[MT];
+    const u32* const tile_bits = bits + tile * K_WORDS * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+        word[i] = tile_bits[i * K_WORDS * 32];
+        next[i] = K_WORDS > 1 ? tile_bits[(i * K_WORDS + 1) * 32] : 0;
+    }
+    if constexpr (CODES && PARTS > 1) cluster_arrive();
+    pdl_wait();
+    if (factor) factor += vector % copies * (DENSE * COLUMNS);
+    sylvester(x + vector * (DENSE * COLUMNS), factor, group, terms);
+    __syncthreads();
+
+    float sums[CHAINS][MT][NT][4] = {};
+    const u32 own = (u32)__cvta_generic_to_shared(terms + lane % 16 * STRIDE + (NT > 1 ? lane / 16 * 8 : 0) + span);
+#pragma unroll 1
+    for (int k_word = 0; k_word < K_WORDS; ++k_word) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+            after[i] = k_word + 2 < K_WORDS ? tile_bits[(i * K_WORDS + k_word + 2) * 32] : 0;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            if (4 * k_word + step >= K_STEPS) break;
+            u32 a[MT][4];
+#pragma unroll
+            for (int i = 0; i < MT; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) a[i][j] = signs(word[i], step, j);
+#pragma unroll
+            for (int term = 0; term < 3; ++term) {
+                u32 b[2 * NT];
+                load_b(b, own + (4 * k_word + step) * 16 * STRIDE * 2 + term * TERM_BYTES);
+#pragma unroll
+                for (int i = 0; i < MT; ++i)
+#pragma unroll
+                    for (int t = 0; t < NT; ++t) mma(sums[term < CHAINS ? term : CHAINS - 1][i][t], a[i], b + 2 * t);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < MT; ++i) {
+            word[i] = next[i];
+            next[i] = after[i];
+        }
+    }
+
+    // Lane: rows 16·tile + lane / 4 (+ 8), channels from `channel` on.
+    const int channel = group * WIDTH + span + lane % 4 * (2 * NT);
+    float out[MT][2][2 * NT], peak = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int j = 0; j < 2 * NT; ++j) {
+                float rest = sums[1][i][j / 2][2 * h + j % 2];
+                if constexpr (CHAINS == 3) rest += sums[2][i][j / 2][2 * h + j % 2];
+                out[i][h][j] = norm * (sums[0][i][j / 2][2 * h + j % 2] + rest);
+                if ((tile + i) * 16 + h * 8 + lane / 4 < DENSE) peak = fmaxf(peak, fabsf(out[i][h][j]));
+            }
+
+#if CODES
+    __shared__ float scratch[32];
+    peak = block_reduce<true>(peak, scratch);
+    __shared__ float peaks[PARTS];
+    if constexpr (PARTS > 1) peak = cluster_max(peak, part, peaks);
+    const TokenScale token = token_scale(peak, clip, code_bits);
+    if (part == 0 && threadIdx.x == 0) scale[vector] = token.scale;
+#endif
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = (tile + i) * 16 + h * 8 + lane / 4;
+            if (row >= DENSE) continue;
+#if CODES
+            u64 packed = 0;
+#pragma unroll
+            for (int j = 0; j < 2 * NT; ++j) packed |= (u64)(u8)token_code(out[i][h][j], token, code_bits) << (8 * j);
+            i8* const to = codes + vector * stride + row * COLUMNS + channel;
+            if constexpr (NT == 1) *(u16*)to = (u16)packed;
+            if constexpr (NT == 2) *(u32*)to = (u32)packed;
+            if constexpr (NT == 4) *(u64*)to = packed;
+#else
+            float* const to = y + vector * (DENSE * COLUMNS) + row * COLUMNS + channel;
+#pragma unroll
+            for (int t = 0; t < NT; ++t) *(float2*)(to + 2 * t) = {out[i][h][2 * t], out[i][h][2 * t + 1]};
+#endif
+        }
+}
