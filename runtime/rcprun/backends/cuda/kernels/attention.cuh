@@ -1,0 +1,348 @@
+// Attention over the packed KV cache (SPEC.md, "Attention", step 6, and "KV cache") on tensor cores: what one warp does.
+//
+// Codes are read as f16 integers c' = code - 2^(BITS - 1), exact, so that a vector is mid + step * c' with
+// mid = low + 2^(BITS - 1) * step near zero: distributed over mid and step, a dot product does not cancel. The other
+// operand, q or step * weight, is the sum of two f16 (hi + lo * 2^-11, after a scaling by a power of two), 22 bits and
+// sign, accumulated in f32. A "column" is one query head of one query token; each takes two of the 8 columns of an mma.
+//
+// Shapes: M query tokens, H query heads, G KV heads, R = H / G, D = HEAD_DIM, T = capacity (a multiple of 32), N slots.
+//   q       f32 [M][H * D]
+//   keys    u32 [N][G][T][P / 2S]: P = D padded to a multiple of 8S, S = 16 / BITS; word w holds channels 2S * w + i at
+//           bits BITS * i
+//   values  u32 [N][G][T / 2][P / S]: two tokens together; word w holds channels S * w + i of the even token at bits
+//           BITS * i, of the odd token at bits 16 + BITS * i
+//   scales  u32 [N][G][T][2]: low (f16, lower half) and step (f16, upper half) of the key, then of the value
+//   out     f32 [M][H * D]
+// What the cache holds at positions that are not visible is never used, NaN or not. Limits: D even, at most 512.
+//
+// The including file defines HEAD_DIM and BITS (4 or 8).
+#pragma once
+#include "common.cuh"
+
+constexpr int UNIT = 16 / BITS;                                      // S: codes in half a word
+constexpr int PADDED = (HEAD_DIM + 8 * UNIT - 1) / (8 * UNIT) * (8 * UNIT);  // P
+constexpr int WORDS = PADDED / (8 * UNIT);                           // of a lane: per key, per pair of values
+constexpr int VECTOR = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words of one load
+constexpr int STEPS = PADDED / 16;                                   // mma's of a key, or of 16 values
+constexpr int ROW_WORDS = PADDED / (2 * UNIT);
+constexpr float CENTRE = 1 << (BITS - 1);
+constexpr float LO = 1.0f / 2048.0f;                                 // what the lower f16 of a number counts
+constexpr float NEVER = -3.0e38f;                                    // the score of what is not visible
+
+__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ u32 multiply_add_half2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
+    u32 d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// Codes number s of both halves of a word, centred, as two f16. 0x6400 + c is the f16 1024 + c.
+__device__ __forceinline__ u32 centred(u32 word, int s) {
+#if BITS == 4
+    const u32 shifted = s < 2 ? word : word >> 8;
+    if (s % 2 == 0) return add_half2((shifted & 0x000f000fu) | 0x64006400u, 0xe408e408u);  // - 1032
+    return multiply_add_half2((shifted & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+#else
+    return add_half2(__byte_perm(word, 0x64646464u, s == 0 ? 0x4240 : 0x4341), 0xe480e480u);  // - 1152
+#endif
+}
+
+// x = hi + lo * 2^-11 with hi in the lower half. |x| at most 2^15.
+__device__ __forceinline__ u32 split(float x) {
+    const u16 hi = half_from_float(x);
+    const u16 lo = half_from_float((x - float_from_half(hi)) * 2048.0f);
+    return hi | (u32)lo << 16;
+}
+
+// c += a b: a 16 x 16, b 16 x 8. With g = lane / 4, j = lane % 4: a = (row g, k 2j), (g + 8, 2j), (g, 2j + 8),
+// (g + 8, 2j + 8), each with k + 1; b = (k 2j, column g), (2j + 8, g); c = (row g, columns 2j, 2j + 1), (g + 8, ...).
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// A lane's words of one key (lanes = 4) or of one pair of values (lanes = 8).
+__device__ __forceinline__ void load_words(u32 (&words)[WORDS], const u32* row, int lane, int lanes) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += VECTOR) {
+        const u32* from = row + i * lanes + lane * VECTOR;
+        if constexpr (VECTOR == 4) {
+            const uint4 w = *reinterpret_cast<const uint4*>(from);
+            words[i] = w.x, words[i + 1] = w.y, words[i + 2] = w.z, words[i + 3] = w.w;
+        } else if constexpr (VECTOR == 2) {
+            const uint2 w = *reinterpret_cast<const uint2*>(from);
+            words[i] = w.x, words[i + 1] = w.y;
+        } else {
+            words[i] = *from;
+        }
+    }
+}
+__device__ __forceinline__ int word_index(int i, int lane, int lanes) {
+    return i / VECTOR * VECTOR * lanes + lane * VECTOR + i % VECTOR;
+}
+
+struct Scale {
+    float mid, step;
+};
+__device__ __forceinline__ Scale scale_of(u32 bits) {
+    const float low = float_from_half((u16)bits), step = float_from_half((u16)(bits >> 16));
+    return {fmaf(CENTRE, step, low), step};
+}
+
+// One KV head's sequence in the cache.
+struct Sequence {
+    const u32 *keys, *values;
+    const uint2* scales;
+};
+__device__ __forceinline__ Sequence sequence(
+    const u32* keys, const u32* values, const uint2* scales, int slot, int kv_head, int kv_heads, int capacity) {
+    const i64 vectors = ((i64)slot * kv_heads + kv_head) * capacity;
+    return {keys + vectors * ROW_WORDS, values + vectors * ROW_WORDS, scales + vectors};
+}
+
+// What one warp knows of its columns, 4 to a tile: queries, and the softmax so far. In lane (g, j), tile n: q of column 4n + g / 2,
+// hi for even g and lo for odd g; everything else of column 4n + j.
+template <int N_TILES>
+struct Columns {
+    static constexpr int COUNT = 4 * N_TILES;
+    static constexpr int BLOCKS_OF_16 = N_TILES == 1 && WORDS <= 4 ? 2 : 1;
+    static constexpr int TOKENS = 16 * BLOCKS_OF_16;  // of a tile of the sequence
+
+    u32 q[N_TILES][STEPS][2];
+    float factor[N_TILES], sum[N_TILES];  // score = step * dot * factor + mid * sum, in powers of two
+    int position[N_TILES];              // of the query; -1: no such column
+    float acc[N_TILES][STEPS][4];       // Σ weight * step * c': channels of 2 rows, hi and lo
+    float peak[N_TILES];                // weight = 2^(score - peak), so that weight * step is at most 2^14
+    float total[N_TILES], mid[N_TILES];   // Σ weight, Σ weight * mid; of the tokens of this lane
+
+    // row[n]: the D floats of column 4n + g / 2, or null. scale: log2(e) / sqrt(D).
+    __device__ __forceinline__ void start(const float* const (&row)[N_TILES], float scale) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+            float x[WORDS][2 * UNIT], peak_q = 0.0f, sum_q = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) {
+                const int channel = word_index(i, j, 4) * 2 * UNIT;
+#pragma unroll
+                for (int c = 0; c < 2 * UNIT; c += 4) {
+                    if constexpr (HEAD_DIM % 4 == 0) {
+                        const bool there = row[n] && channel + c < HEAD_DIM;
+                        const float4 v = there ? *reinterpret_cast<const float4*>(row[n] + channel + c) : float4{};
+                        x[i][c] = v.x, x[i][c + 1] = v.y, x[i][c + 2] = v.z, x[i][c + 3] = v.w;
+                    } else {
+#pragma unroll
+                        for (int e = c; e < c + 4; e++)
+                            x[i][e] = row[n] && channel + e < HEAD_DIM ? row[n][channel + e] : 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int c = 0; c < 2 * UNIT; c++) {
+                    peak_q = fmaxf(peak_q, fabsf(x[i][c]));
+                    sum_q += x[i][c];
+                }
+            }
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                peak_q = fmaxf(peak_q, __shfl_xor_sync(FULL_MASK, peak_q, lanes));
+                sum_q += __shfl_xor_sync(FULL_MASK, sum_q, lanes);
+            }
+            // 2^(e - 127) <= peak < 2^(e - 126): times 2^(141 - e) it is below 2^15.
+            const int exponent = max(__float_as_int(peak_q) >> 23, 30);
+            const float up = __int_as_float((268 - exponent) << 23), down = __int_as_float((exponent - 14) << 23);
+#pragma unroll
+            for (int i = 0; i < WORDS; i++)
+#pragma unroll
+                for (int s = 0; s < UNIT; s++)
+                    q[n][i * (UNIT / 2) + s / 2][s % 2] =
+                        __byte_perm(split(x[i][s] * up), split(x[i][s + UNIT] * up), g & 1 ? 0x7632 : 0x5410);
+            factor[n] = __shfl_sync(FULL_MASK, down, 8 * j) * scale;
+            sum[n] = __shfl_sync(FULL_MASK, sum_q, 8 * j) * scale;
+            peak[n] = NEVER;
+            total[n] = mid[n] = 0.0f;
+#pragma unroll
+            for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) acc[n][step][c] = 0.0f;
+        }
+    }
+
+    // Tiles of TOKENS begin, begin + stride, ... < end. Positions outside first..last are visible to none of the columns.
+    __device__ __forceinline__ void attend(const Sequence& s, int begin, int end, int stride, int first, int last,
+                                           int window) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+        u32 key[BLOCKS_OF_16][2][WORDS], value[BLOCKS_OF_16][2][WORDS];
+        uint2 scale[BLOCKS_OF_16][2];
+        if (begin < end) {
+            load_keys(key, s, begin);
+            load_values(value, scale, s, begin);
+        }
+        for (int tile = begin; tile < end; tile += stride) {
+            const bool more = tile + stride < end;
+            float dot[BLOCKS_OF_16][N_TILES][4] = {};
+#pragma unroll
+            for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+                for (int i = 0; i < WORDS; i++)
+#pragma unroll
+                    for (int h = 0; h < UNIT / 2; h++) {
+                        const u32 a0 = centred(key[b][0][i], 2 * h), a1 = centred(key[b][1][i], 2 * h);
+                        const u32 a2 = centred(key[b][0][i], 2 * h + 1), a3 = centred(key[b][1][i], 2 * h + 1);
+                        const int step = i * (UNIT / 2) + h;
+#pragma unroll
+                        for (int n = 0; n < N_TILES; n++) mma(dot[b][n], a0, a1, a2, a3, q[n][step][0], q[n][step][1]);
+                    }
+            if (more) load_keys(key, s, tile + stride);
+
+            u32 weight[BLOCKS_OF_16][N_TILES][2];
+            softmax(weight, dot, scale, tile * TOKENS + g, first, last, window);
+
+#pragma unroll
+            for (int b = 0; b < BLOCKS_OF_16; b++) {
+                u32 even[N_TILES], odd[N_TILES];  // tokens 2j, 2j + 1 and 2j + 8, 2j + 9 of column 4n + g / 2
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) {
+                    even[n] = transposed(weight[b][n][0], g, j);
+                    odd[n] = transposed(weight[b][n][1], g, j);
+                }
+#pragma unroll
+                for (int i = 0; i < WORDS; i++)
+#pragma unroll
+                    for (int h = 0; h < UNIT / 2; h++) {
+                        const u32 a0 = centred(value[b][0][i], 2 * h), a1 = centred(value[b][0][i], 2 * h + 1);
+                        const u32 a2 = centred(value[b][1][i], 2 * h), a3 = centred(value[b][1][i], 2 * h + 1);
+#pragma unroll
+                        for (int n = 0; n < N_TILES; n++)
+                            mma(acc[n][i * (UNIT / 2) + h], a0, a1, a2, a3, even[n], odd[n]);
+                    }
+            }
+            if (more) load_values(value, scale, s, tile + stride);
+        }
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+            for (int lanes = 4; lanes < 32; lanes *= 2) {
+                total[n] += __shfl_xor_sync(FULL_MASK, total[n], lanes);
+                mid[n] += __shfl_xor_sync(FULL_MASK, mid[n], lanes);
+            }
+    }
+
+    // Calls store(n, channel, UNIT sums) for what this lane holds of column 4n + j.
+    template <typename Store>
+    __device__ __forceinline__ void for_each_unit(Store store) const {
+        const int g = (threadIdx.x & 31) >> 2;
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) {
+                float x[UNIT];
+#pragma unroll
+                for (int s = 0; s < UNIT; s++) {
+                    const float* c = acc[n][i * (UNIT / 2) + s / 2] + s % 2 * 2;
+                    x[s] = fmaf(c[1], LO, c[0]) + mid[n];
+                }
+                store(n, word_index(i, g, 8) * UNIT, x);
+            }
+    }
+
+  private:
+    __device__ __forceinline__ void load_keys(u32 (&key)[BLOCKS_OF_16][2][WORDS], const Sequence& s, int tile) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                load_words(key[b][half], s.keys + (i64)(tile * TOKENS + b * 16 + half * 8 + g) * ROW_WORDS, j, 4);
+    }
+    __device__ __forceinline__ void load_values(
+        u32 (&value)[BLOCKS_OF_16][2][WORDS], uint2 (&scale)[BLOCKS_OF_16][2], const Sequence& s, int tile) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int token = tile * TOKENS + b * 16 + half * 8;
+                scale[b][half] = s.scales[token + g];
+                load_words(value[b][half], s.values + (i64)(token + 2 * j) * ROW_WORDS, g, 8);
+            }
+    }
+
+    // Weights times step of tokens token + 16b + 8 * half, as split() gives them; keeps peak, total, mid and acc.
+    __device__ __forceinline__ void softmax(
+        u32 (&weight)[BLOCKS_OF_16][N_TILES][2], const float (&dot)[BLOCKS_OF_16][N_TILES][4],
+        const uint2 (&scale)[BLOCKS_OF_16][2], int token, int first, int last, int window) {
+        Scale value[BLOCKS_OF_16][2];
+        float score[BLOCKS_OF_16][N_TILES][2], highest[N_TILES];
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) highest[n] = peak[n];
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int t = token + 16 * b + 8 * half;
+                const bool written = first <= t && t <= last;
+                const Scale key = scale_of(written ? scale[b][half].x : 0);
+                value[b][half] = scale_of(written ? scale[b][half].y : 0);
+                // step < 2^exponent; the exponent as a float by way of 2^23 + e
+                const u32 biased = (__float_as_uint(value[b][half].step) >> 23) | 0x4b000000u;
+                const float exponent = __uint_as_float(biased) - (8388608.0f + 126.0f);
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) {
+                    const float sum_qc = fmaf(dot[b][n][2 * half + 1], LO, dot[b][n][2 * half]) * factor[n];
+                    const float s = fmaf(sum_qc, key.step, key.mid * sum[n]);
+                    const bool visible = (u32)(position[n] - t) < (u32)window;
+                    score[b][n][half] = visible ? s : NEVER;
+                    if (visible) highest[n] = fmaxf(highest[n], s + (exponent - 14.0f));
+                }
+            }
+        bool higher = false;
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+            for (int lanes = 4; lanes < 32; lanes *= 2)
+                highest[n] = fmaxf(highest[n], __shfl_xor_sync(FULL_MASK, highest[n], lanes));
+            higher |= highest[n] > peak[n];
+        }
+        if (__any_sync(FULL_MASK, higher)) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+                const float shrink = exp2_approx(peak[n] - highest[n]);
+                peak[n] = highest[n];
+                total[n] *= shrink;
+                mid[n] *= shrink;
+#pragma unroll
+                for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) acc[n][step][c] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) {
+                    const float s = score[b][n][half];
+                    const float p = s == NEVER ? 0.0f : exp2_approx(s - peak[n]);
+                    total[n] += p;
+                    mid[n] = fmaf(p, value[b][half].mid, mid[n]);
+                    weight[b][n][half] = split(p * value[b][half].step);
+                }
+    }
+
+    // From weights of (token g, column j) to those of (tokens 2j and 2j + 1, column g / 2), hi or lo by the parity of g.
+    __device__ __forceinline__ u32 transposed(u32 weight, int g, int j) const {
+        const u32 a = __shfl_sync(FULL_MASK, weight, 8 * j + g / 2);
+        const u32 b = __shfl_sync(FULL_MASK, weight, 8 * j + 4 + g / 2);
+        return __byte_perm(a, b, g & 1 ? 0x7632 : 0x5410);
+    }
+};

@@ -1,0 +1,89 @@
+"""From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu.
+
+Shape suffixes: M tokens, C channels of q, k and v (H + 2G heads of D), H heads, G KV heads, D head_dim, T tokens of context.
+"""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpformat import arithmetic
+from rcpformat.architecture import Architecture
+from rcpformat.hadamard import hadamard_factor, paley_matrix
+from rcpformat.spec import ceil_div
+from rcprun.backends.cuda.kvcache import KVCache
+from rcprun.backends.cuda.launch import check, kernel
+
+MAX_HEAD_DIM = 1024
+_WARPS = 4
+
+
+class Rope:
+    """SPEC.md, "Attention", steps 2 to 5, for all layers: the RoPE tables and the Hadamard matrix on the GPU."""
+
+    def __init__(self, architecture: Architecture, inv_freq: NDArray[np.float64], context: int, *, r3: bool) -> None:
+        """context: positions to come. r3: whether heads of q and k are rotated."""
+        a = architecture
+        assert a.head_dim <= MAX_HEAD_DIM
+        self._heads, self._kv_heads, self._head_dim = a.num_heads, a.num_kv_heads, a.head_dim
+        self._eps = np.float32(a.rms_norm_eps)
+        tables = arithmetic.rope_tables(np.arange(context), inv_freq, a.rope_attention_factor)
+        self._cos_T2, self._sin_T2 = map(cupy.asarray, tables)
+        plan = hadamard_factor(a.head_dim)
+        self._norm = np.float32(plan.norm)
+        self._paley = cupy.asarray(paley_matrix(plan.m)) if r3 and plan.m > 1 else None
+        self._hadamard = (("PALEY", plan.m if r3 else 0), ("HADAMARD", plan.block))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self._cos_T2.nbytes + self._sin_T2.nbytes + (0 if self._paley is None else self._paley.nbytes))
+
+    def __call__(
+        self,
+        qkv_MC: cupy.ndarray,
+        position_M: cupy.ndarray,
+        slot_M: cupy.ndarray,
+        cache: KVCache,
+        layer: int,
+        kv_clip: NDArray[np.float32],
+        q_MC: cupy.ndarray,
+        qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None = None,
+    ) -> None:
+        """Write the queries, (M, H * D) float32, to q_MC, and keys and values into the cache at (slot, position).
+
+        qkv_MC: float32. position_M, slot_M: int32, no two rows alike. kv_clip: of key and value, on the host.
+        qk_gain: float32 (D,) of q and of k, where the architecture has qk_norm.
+        """
+        count, width = len(qkv_MC), self._head_dim
+        all_heads = self._heads + 2 * self._kv_heads
+        check(qkv_MC, "qkv", np.float32, (count, all_heads * width))
+        check(q_MC, "q", np.float32, (count, self._heads * width))
+        for name, array in (("position", position_M), ("slot", slot_M)):
+            check(array, name, np.int32, (count,))
+        gains = (None, None) if qk_gain is None else tuple(check(g, "qk_gain", np.float32, (width,)) for g in qk_gain)
+        defines = (("HEAD_DIM", width), ("BITS", cache.bits), *self._hadamard)
+        kernel("rope", "rope", defines).launch(
+            (count, ceil_div(all_heads, _WARPS), 1),
+            32 * _WARPS,
+            (
+                qkv_MC,
+                *gains,
+                self._cos_T2,
+                self._sin_T2,
+                position_M,
+                slot_M,
+                self._paley,
+                q_MC,
+                cache.key_NGTB[layer],
+                cache.value_NGTB[layer],
+                cache.scale_NGT2[layer],
+                *map(np.int32, (self._heads, self._kv_heads, cache.capacity)),
+                self._eps,
+                self._norm,
+                *map(np.float32, kv_clip),
+            ),
+            overlap=True,
+        )
