@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 WIDTHS = [11008, 13824, 14336, 8192, 1408, 480, 512]
 """Models' widths; the transform is one kernel."""
 OTHER_WIDTHS = [13696, 8320, 172, 36, 24, 6, 35, 1, 4080, 28672, 65536]
-"""Several blocks to a token (13696, 8320, 172, 6), plain sums (172, 36, 24, 6, 4080), the identity (35, 1), large ones."""
+"""Several blocks to a token (13696, 8320, 172, 6), plain sums (172, 36, 24, 6, 4080), the identity (35, 1), large."""
 TOKENS = [1, 2, 7, 8, 33, 300]
 
 
@@ -71,7 +71,7 @@ def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
 def tolerance(n: int) -> float:
     """Of an output, relative to the root mean square of all.
 
-    A rounding is at most 2^-24 of a partial sum, and partial sums are not much larger than outputs. P_m's m terms, added
+    A rounding is at most 2^-24 of a partial sum; partial sums are not much larger than outputs. P_m's m terms, added
     one after the other, err like the root of m roundings, and at most 16 Sylvester stages and the final product like
     another 5. The largest of 10^7 such errors is below 8 times their size.
     """

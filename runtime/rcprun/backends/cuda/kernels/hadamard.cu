@@ -8,16 +8,17 @@
 //   CODES 0: y      float32 [V][b]  not x
 //   CODES 1: codes  int8 [V][stride], the first b bytes of a row are written; scale float32 [V]; copies is 1
 //
-// H_b = D ⊗ Y: D = P_m ⊗ Sylvester(DENSE / m) of any order DENSE, Y = Sylvester(COLUMNS), a power of two. x is a matrix
-// X[DENSE][COLUMNS], and H x = D (X Y). PARTS = GROUPS · ROW_PARTS blocks, a cluster where CODES is 1, share a vector: each
-// computes the rows of one of ROW_PARTS ranges in one of GROUPS ranges of WIDTH columns, and reads all of X. X Y: the sum
-// over the GROUPS ranges with the signs of Sylvester(GROUPS), 4 channels a thread, then Sylvester(WIDTH) in registers and
-// by shuffles. D by tensor cores: ±1 is exact in bf16, and a float32 is the exact sum of three bf16 (the upper, middle and
-// lower 8 bits of its significand). The upper ones have a sum of their own: it is nearly exact, and where the tensor core
-// truncates the others' sum, that is 2^-8 of the effect. Integers are exact while all sums stay below 2^24.
+// H_b = D ⊗ Y: D = P_m ⊗ Sylvester(DENSE / m) of any order DENSE, Y = Sylvester(COLUMNS), a power of two. x is a
+// matrix X[DENSE][COLUMNS], and H x = D (X Y). PARTS = GROUPS · ROW_PARTS blocks, a cluster where CODES is 1, share a
+// vector: each computes one of ROW_PARTS ranges of rows in one of GROUPS ranges of WIDTH columns, and reads all of X.
+// X Y: the sum over the GROUPS ranges with the signs of Sylvester(GROUPS), 4 channels a thread, then Sylvester(WIDTH)
+// in registers and by shuffles.
+// D: by tensor cores. ±1 is exact in bf16, and a float32 is the exact sum of three bf16: the upper, middle and lower 8
+// bits of its significand. The upper ones have a sum of their own, nearly exact; where tensor cores truncate the sum of
+// the others, that is 2^-8 of the effect. Integers are exact while all sums stay below 2^24.
 //
-// Limits: COLUMNS, GROUPS powers of two; 8 ≤ WIDTH ≤ 128; NT divides WIDTH / 8; PARTS ≤ 8. Grid V · PARTS, block THREADS,
-// dynamic shared memory 6 · 16 · K_STEPS · STRIDE bytes.
+// Limits: COLUMNS, GROUPS powers of two; 8 ≤ WIDTH ≤ 128; NT divides WIDTH / 8; PARTS ≤ 8; clusters from sm_90 on.
+// Grid V · PARTS, block THREADS, dynamic shared memory 6 · 16 · K_STEPS · STRIDE bytes.
 #include "common.cuh"
 
 #ifndef DENSE
@@ -54,8 +55,8 @@ constexpr int CHAINS = MT * NT >= 4 ? 2 : 3;        // accumulators: upper terms
 constexpr int REGISTERS = 4 * MT * NT * CHAINS > 32 ? 4 * MT * NT * CHAINS + 48 : 80;  // enough without spills
 static_assert(WIDTH >= 8 && WIDTH <= 128 && WIDTH % (8 * NT) == 0 && PARTS <= 8, "limits");
 
-// Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels: channel
-// q·2NT + 2t + e is column 2q + e of tile t.
+// Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels:
+// channel q·2NT + 2t + e is column 2q + e of tile t.
 __device__ __forceinline__ int stored_column(int column) {
     const int within = column % (8 * NT);
     return column - within + within % (2 * NT) / 2 * 8 + within / (2 * NT) * 2 + within % 2;
@@ -69,7 +70,7 @@ __device__ __forceinline__ u32 split_pair(float& a, float& b) {
     return __byte_perm(a_bits, b_bits, 0x7632);
 }
 
-// Register `j` (0..3) of the A fragment of k step `step` (0..3 within the word): a pair of bf16 ±1. Bits 15 - s and 31 - s,
+// Register j (0..3) of the A fragment of a word's k step (0..3): a pair of bf16 ±1. Bits 15 - s and 31 - s, with
 // s = 4·step + j, are the signs of its lower and upper half.
 __device__ __forceinline__ u32 signs(u32 word, int step, int j) {
     return ((word << (4 * step + j)) & 0x80008000u) | 0x3f803f80u;
@@ -81,7 +82,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32*
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// B fragments of NT tiles: 16 rows and 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
+// B fragments of NT tiles: 16 rows, 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
 __device__ __forceinline__ void load_b(u32 (&b)[2 * NT], u32 address) {
     if constexpr (NT == 1) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
@@ -159,35 +160,43 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
     }
 }
 
-__device__ __forceinline__ void cluster_arrive() {
+// The largest of the values of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
+// counts the bytes: who has all of them may end. Nothing where there are no clusters: a vector has one block there.
+struct Exchange {
+    float peaks[PARTS];
+    u64 barrier;
+};
+// By all threads, early in the kernel; __syncthreads before exchange_max.
+__device__ __forceinline__ void exchange_begin(Exchange& e) {
 #if RCP_HOPPER
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if RCP_HOPPER
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// The largest of all blocks' values. peaks: PARTS floats. An arrival of all threads must precede it.
-__device__ __forceinline__ float cluster_max(float peak, int part, float* peaks) {
-#if RCP_HOPPER
-    cluster_wait();  // all blocks run: their shared memory may be written
-    if (threadIdx.x < PARTS) {
-        const u32 own = (u32)__cvta_generic_to_shared(peaks + part);
-        asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
-                     :: "r"(own), "r"(threadIdx.x), "f"(peak) : "memory");
+    if (threadIdx.x == 0) {
+        const u32 barrier = (u32)__cvta_generic_to_shared(&e.barrier);
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;"
+                     :: "r"(barrier) : "memory");
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }"
+                     :: "r"(barrier), "n"(4 * PARTS) : "memory");
     }
     __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    for (int i = 0; i < PARTS; ++i) peak = fmaxf(peak, peaks[i]);
-    return peak;
-#else
-    __trap();  // quantizing several blocks' vector takes a cluster
-    return peak;
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ float exchange_max(float peak, int part, Exchange& e) {
+#if RCP_HOPPER
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks have begun
+    const u32 own = (u32)__cvta_generic_to_shared(e.peaks + part), barrier = (u32)__cvta_generic_to_shared(&e.barrier);
+    if (threadIdx.x < PARTS) {
+        asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
+                     :: "r"(own), "r"(barrier), "r"(threadIdx.x), "r"(__float_as_uint(peak)) : "memory");
+    }
+    u32 done = 0;
+    while (!done) {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(barrier) : "memory");
+    }
+    for (int i = 0; i < PARTS; ++i) peak = fmaxf(peak, e.peaks[i]);
+#endif
+    return peak;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTERS))
@@ -209,7 +218,10 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
         word[i] = tile_bits[i * K_WORDS * 32];
         next[i] = K_WORDS > 1 ? tile_bits[(i * K_WORDS + 1) * 32] : 0;
     }
-    if constexpr (CODES && PARTS > 1) cluster_arrive();
+#if CODES
+    __shared__ Exchange exchange;
+    if constexpr (PARTS > 1) exchange_begin(exchange);
+#endif
     pdl_wait();
     if (factor) factor += vector % copies * (DENSE * COLUMNS);
     sylvester(x + vector * (DENSE * COLUMNS), factor, group, terms);
@@ -265,8 +277,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
 #if CODES
     __shared__ float scratch[32];
     peak = block_reduce<true>(peak, scratch);
-    __shared__ float peaks[PARTS];
-    if constexpr (PARTS > 1) peak = cluster_max(peak, part, peaks);
+    if constexpr (PARTS > 1) peak = exchange_max(peak, part, exchange);
     const TokenScale token = token_scale(peak, clip, code_bits);
     if (part == 0 && threadIdx.x == 0) scale[vector] = token.scale;
 #endif

@@ -6,8 +6,8 @@
 //   factor  float32 [copies][b] or null   multiplied with x first, one rounding
 //   p       int8 [m][m]                   P_m, or its transpose
 // Grid count / block, rounded up.
-extern "C" __global__ void hadamard_plain(const float* x, const float* factor, const i8* __restrict__ p, float norm, float* y,
-                                          i64 count, int m, int sylvester, int copies) {
+extern "C" __global__ void hadamard_plain(const float* x, const float* factor, const i8* __restrict__ p, float norm,
+                                          float* y, i64 count, int m, int sylvester, int copies) {
     pdl_launch();
     pdl_wait();
     const i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -32,8 +32,8 @@ extern "C" __global__ void hadamard_plain(const float* x, const float* factor, c
 //   x       float32 [M][n]
 //   factor  float32 [n] or null   multiplied with x first, one rounding
 //   codes   int8 [M][stride], the first n bytes of a row are written; scale float32 [M]
-extern "C" __global__ void quantize(const float* x, const float* factor, i8* codes, float* scale, int n, int stride, float clip,
-                                    int bits) {
+extern "C" __global__ void quantize(const float* x, const float* factor, i8* codes, float* scale, int n, int stride,
+                                    float clip, int bits) {
     __shared__ float scratch[32];
     pdl_launch();
     pdl_wait();
