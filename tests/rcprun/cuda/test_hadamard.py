@@ -160,6 +160,15 @@ def test_zero_huge_and_tiny_tokens(n: int, tokens: int) -> None:
     assert not codes[4].any() and scale[4] == 1
 
 
+@pytest.mark.parametrize("how", [{}, {"rotate": False}], ids=["rotated", "not rotated"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_token_that_is_not_finite_gets_no_finite_scale(bad: float, how: dict[str, bool]) -> None:
+    x = np.ones((2, 8192), dtype=np.float32)
+    x[0, 5000] = bad
+    _, scale = quantize(8192, x, 0.9, 4, **how)
+    assert not np.isfinite(scale[0]) and np.isfinite(scale[1])
+
+
 @pytest.mark.parametrize("n", [11008, 35])
 def test_without_rotation_it_only_quantizes(n: int) -> None:
     rng = np.random.default_rng(n)

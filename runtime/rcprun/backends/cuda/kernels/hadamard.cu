@@ -19,7 +19,7 @@
 //
 // Limits: COLUMNS, GROUPS powers of two; 8 ≤ WIDTH ≤ 128; NT divides WIDTH / 8; PARTS ≤ 8; clusters from sm_90 on.
 // Grid V · PARTS, block THREADS, dynamic shared memory 6 · 16 · K_STEPS · STRIDE bytes.
-#include "common.cuh"
+#include "peak.cuh"
 
 #ifndef DENSE
 #error "DENSE: the order of D"
@@ -160,10 +160,10 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
     }
 }
 
-// The largest of the values of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
+// The largest of the peaks of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
 // counts the bytes: who has all of them may end. Nothing where there are no clusters: a vector has one block there.
 struct Exchange {
-    float peaks[PARTS];
+    u32 peaks[PARTS];
     u64 barrier;
 };
 // By all threads, early in the kernel; __syncthreads before exchange_max.
@@ -180,21 +180,21 @@ __device__ __forceinline__ void exchange_begin(Exchange& e) {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ float exchange_max(float peak, int part, Exchange& e) {
+__device__ __forceinline__ u32 exchange_max(u32 peak, int part, Exchange& e) {
 #if RCP_HOPPER
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks have begun
     const u32 own = (u32)__cvta_generic_to_shared(e.peaks + part), barrier = (u32)__cvta_generic_to_shared(&e.barrier);
     if (threadIdx.x < PARTS) {
         asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
                      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
-                     :: "r"(own), "r"(barrier), "r"(threadIdx.x), "r"(__float_as_uint(peak)) : "memory");
+                     :: "r"(own), "r"(barrier), "r"(threadIdx.x), "r"(peak) : "memory");
     }
     u32 done = 0;
     while (!done) {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(barrier) : "memory");
     }
-    for (int i = 0; i < PARTS; ++i) peak = fmaxf(peak, e.peaks[i]);
+    for (int i = 0; i < PARTS; ++i) peak = max(peak, e.peaks[i]);
 #endif
     return peak;
 }
@@ -261,7 +261,8 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
 
     // Lane: rows 16·tile + lane / 4 (+ 8), channels from `channel` on.
     const int channel = group * WIDTH + span + lane % 4 * (2 * NT);
-    float out[MT][2][2 * NT], peak = 0.0f;
+    float out[MT][2][2 * NT];
+    u32 peak = 0;
 #pragma unroll
     for (int i = 0; i < MT; ++i)
 #pragma unroll
@@ -271,14 +272,14 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
                 float rest = sums[1][i][j / 2][2 * h + j % 2];
                 if constexpr (CHAINS == 3) rest += sums[2][i][j / 2][2 * h + j % 2];
                 out[i][h][j] = norm * (sums[0][i][j / 2][2 * h + j % 2] + rest);
-                if ((tile + i) * 16 + h * 8 + lane / 4 < DENSE) peak = fmaxf(peak, fabsf(out[i][h][j]));
+                if ((tile + i) * 16 + h * 8 + lane / 4 < DENSE) peak = max(peak, magnitude(out[i][h][j]));
             }
 
 #if CODES
-    __shared__ float scratch[32];
-    peak = block_reduce<true>(peak, scratch);
+    __shared__ u32 scratch[32];
+    peak = block_peak(peak, scratch);
     if constexpr (PARTS > 1) peak = exchange_max(peak, part, exchange);
-    const TokenScale token = token_scale(peak, clip, code_bits);
+    const TokenScale token = token_scale(__uint_as_float(peak), clip, code_bits);
     if (part == 0 && threadIdx.x == 0) scale[vector] = token.scale;
 #endif
 #pragma unroll

@@ -1,5 +1,5 @@
 // What hadamard.cu leaves: transforms whose Sylvester part is below 8, by plain sums; and quantization of float rows.
-#include "common.cuh"
+#include "peak.cuh"
 
 // had (SPEC.md, chapter 9) of vectors of b = m · sylvester channels, one thread an output.
 //   x, y    float32 [M][copies][b], distinct; count = M · copies · b
@@ -34,16 +34,16 @@ extern "C" __global__ void hadamard_plain(const float* x, const float* factor, c
 //   codes   int8 [M][stride], the first n bytes of a row are written; scale float32 [M]
 extern "C" __global__ void quantize(const float* x, const float* factor, i8* codes, float* scale, int n, int stride,
                                     float clip, int bits) {
-    __shared__ float scratch[32];
+    __shared__ u32 scratch[32];
     pdl_launch();
     pdl_wait();
     const float* const from = x + (i64)blockIdx.x * n;
     i8* const to = codes + (i64)blockIdx.x * stride;
-    float peak = 0.0f;
+    u32 peak = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        peak = fmaxf(peak, fabsf(factor ? from[i] * factor[i] : from[i]));
+        peak = max(peak, magnitude(factor ? from[i] * factor[i] : from[i]));
     }
-    const TokenScale token = token_scale(block_reduce<true>(peak, scratch), clip, bits);
+    const TokenScale token = token_scale(__uint_as_float(block_peak(peak, scratch)), clip, bits);
     if (threadIdx.x == 0) scale[blockIdx.x] = token.scale;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         to[i] = token_code(factor ? from[i] * factor[i] : from[i], token, bits);
