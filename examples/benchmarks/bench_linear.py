@@ -34,7 +34,7 @@ def random_linear(rows: tuple[int, ...], columns: int, interleave: bool = False)
     """Random bits in the units' form; no file has to be read for a speed."""
     weights = ops.UnitLinear.__new__(ops.UnitLinear)
     weights.interleaved, weights.k, weights.group = interleave, columns, 128
-    weights.units = -(-columns // ops.UNIT_COLUMNS)
+    weights.units = ops.padded(columns) // ops.UNIT_COLUMNS
     weights.n = sum(rows) // 2 if interleave else sum(rows)
     weights.tiles = -(-weights.n // (8 if interleave else 16))
     weights.unit_TU = cupy.random.randint(0, 256, (weights.tiles, weights.units, 576), dtype=np.uint8)

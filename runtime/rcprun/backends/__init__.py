@@ -51,14 +51,17 @@ class Backend(Protocol):
 
 
 def create(name: str, file: RcpFile, context: int) -> Backend:
-    """A backend by its name, one of BACKENDS; "auto" takes the fastest one that can run here.
+    """A backend by its name, one of BACKENDS; "auto" takes the GPU where there is one that can run it.
 
-    Raises BackendUnavailable.
+    Raises BackendUnavailable or OutOfMemory.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
-    if name == "cuda":
-        raise BackendUnavailable("backend cuda: this installation has no CUDA backend; use --backend numpy")
+    if name != "numpy":
+        from rcprun.backends import cuda
+
+        if name == "cuda" or cuda.why_unavailable() is None:
+            return cuda.create(file, context)
     from rcprun.backends.numpy import NumpyBackend
 
     return NumpyBackend(file, context)

@@ -37,7 +37,9 @@ def pack(*layers: PackedLinear, interleave: bool = False) -> Any:
 def padded_codes(codes: np.ndarray) -> Any:
     import cupy
 
-    out = np.zeros((len(codes), -(-codes.shape[1] // 128) * 128), dtype=np.int8)
+    from rcprun.backends.cuda.linear import padded
+
+    out = np.zeros((len(codes), padded(codes.shape[1])), dtype=np.int8)
     out[:, : codes.shape[1]] = codes
     return cupy.asarray(out)
 

@@ -19,7 +19,6 @@ from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel
 
 FEW_TOKENS = 16
 """Up to this many tokens go the way chosen for decoding, more the way chosen for prefill."""
-_PADDING = 128
 _QUANTIZE_THREADS = 1024
 _PLAIN_THREADS = 128
 _NOT_QUANTIZED = (None, None, np.int32(0), np.float32(0), np.int32(0))
@@ -95,7 +94,8 @@ class Transform:
         workspace: float32 like x, where needs_workspace.
         """
         self._check_input(x_MN, factor_N)
-        check(codes_MK, "codes", np.int8, (len(x_MN), ceil_div(self.n, _PADDING) * _PADDING))
+        check(codes_MK, "codes", np.int8, (len(x_MN), None))
+        assert codes_MK.shape[1] >= self.n and codes_MK.shape[1] % 4 == 0, f"codes: {codes_MK.shape[1]} columns"
         check(scale_M, "scale", np.float32, (len(x_MN),))
         if self.needs_workspace(len(x_MN)):
             assert workspace_MN is not None

@@ -27,8 +27,8 @@ _STAGES = {1: 5, MAX_TOKENS: 4}
 
 
 def padded(columns: int) -> int:
-    """Bytes of a token's codes: columns, up to whole units."""
-    return spec.ceil_div(columns, UNIT_COLUMNS) * UNIT_COLUMNS
+    """Bytes of a token's codes: columns, up to whole stages of units."""
+    return spec.ceil_div(columns, _STAGE_UNITS * UNIT_COLUMNS) * _STAGE_UNITS * UNIT_COLUMNS
 
 
 def _unit_bytes(group: int) -> int:
@@ -44,7 +44,7 @@ class UnitLinear:
         self.interleaved = interleave
         self.k = layers[0].shape[1]
         self.group = min(layer.group_size for layer in layers)
-        self.units = spec.ceil_div(self.k, UNIT_COLUMNS)
+        self.units = padded(self.k) // UNIT_COLUMNS
         rows = sum(layer.shape[0] for layer in layers)
         self.n = rows // 2 if interleave else rows
         self.tiles = spec.ceil_div(self.n, TILE_ROWS // 2 if interleave else TILE_ROWS)
@@ -124,7 +124,7 @@ def linear(
     blocks = min(weights.tiles, multiprocessors())
     owned = spec.ceil_div(weights.tiles, blocks)
     ring = _WARPS * stages * _STAGE_UNITS * _unit_bytes(weights.group)
-    shared = ring + tokens * (weights.units * UNIT_COLUMNS + 16) + owned * TILE_ROWS * tokens * 4
+    shared = ring + tokens * (weights.units * UNIT_COLUMNS + 16) + owned * TILE_ROWS * 4 * (tokens + 2)
     kernel("linear", "linear", _defines(defines, hopper)).launch(
         blocks,
         _WARPS * 32,

@@ -8,7 +8,7 @@
 //   out         f32 [m][columns]                 columns: rows of the layer, or half of them (EPILOGUE 2)
 //   PROLOGUE 0: x is codes.  1: x is normalized (RMSNorm, eps) and quantized (clip, A_BITS).  2: x is quantized.
 //   EPILOGUE 0: out = y.  1: out += y.  2: of each tile, rows 0-7 are gate and rows 8-15 up: out = silu(gate) * up.
-//   Limits: 1 <= m <= TOKENS (1 or 8); k <= units * 128; k a multiple of 4 for PROLOGUE 1 and 2 with vector loads, else
+//   Limits: 1 <= m <= TOKENS (1 or 8); units even; k <= units * 128; k a multiple of 4 for PROLOGUE 1 and 2 with vector loads, else
 //   slower ones; int32 sums, so k < 2^31 / 127^2.
 //
 // Every block owns whole tiles, all columns of them, so that sums never leave it. The tiles' units are one contiguous
@@ -19,10 +19,8 @@
 // 32 contiguous bytes of the token n = lane / 4. Warps add their sums (integers: any order) in shared memory.
 
 #include "common.cuh"
+#include "units.cuh"
 
-#ifndef GROUP
-#error "GROUP: weights that share levels, 64 or 128"
-#endif
 #ifndef TOKENS
 #error "TOKENS: 1 or 8"
 #endif
@@ -40,88 +38,83 @@
 #endif
 
 #define WARPS 16
-#define CODE_BYTES 512
-#define UNIT_BYTES (CODE_BYTES + 64 * (128 / GROUP))
 #define STAGE_UNITS 2
 #define STAGE_BYTES (STAGE_UNITS * UNIT_BYTES)
 #define RING_BYTES (WARPS * STAGES * STAGE_BYTES)
 
-// ---- a warp's ring
+// ---- shared memory by its 32-bit address, which saves the inner loop the conversions from pointers
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint4 load4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ uint2 load2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
 
-#if RCP_HOPPER
-__device__ __forceinline__ void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void fill(u64* barrier, u8* to, const u8* from, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-__device__ __forceinline__ void wait_full(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-#else
-__device__ __forceinline__ void copy16(u8* to, const u8* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wait_pending() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-#endif
+// ---- a warp's ring
 
-// The stream of one warp: `bytes` of units from `from`, a stage at a time.
+// The stream of one warp, a stage at a time, through STAGES slots at `buffer` (each with a barrier at `barriers`).
 struct Ring {
-    u8* buffer;
-    u64* barriers;
+    u32 buffer, barriers;
     const u8* from;
-    int bytes, filled;  // filled: stages asked for
+    int left;  // stages not asked for yet; on sm_90, in lane 0 only: it asks for all
 
-    __device__ __forceinline__ void request() {
-        const int offset = filled * STAGE_BYTES, slot = filled % STAGES, count = min(STAGE_BYTES, bytes - offset);
+    // Ask for the next stage, into a slot whose bytes are used up.
+    __device__ __forceinline__ void request(int slot) {
 #if RCP_HOPPER
-        if (count > 0 && (threadIdx.x & 31) == 0) fill(barriers + slot, buffer + slot * STAGE_BYTES, from + offset, count);
+        if (left > 0) {
+            asm volatile(
+                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %2;\n"
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%1], [%3], %2, [%0];" ::"r"(
+                    barriers + slot * 8),
+                "r"(buffer + slot * STAGE_BYTES), "n"(STAGE_BYTES), "l"(from)
+                : "memory");
+        }
 #else
-        for (int i = (threadIdx.x & 31) * 16; i < count; i += 512) copy16(buffer + slot * STAGE_BYTES + i, from + offset + i);
-        commit();
+        if (left > 0)
+            for (int i = (threadIdx.x & 31) * 16; i < STAGE_BYTES; i += 512)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(buffer + slot * STAGE_BYTES + i), "l"(from + i)
+                             : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
-        ++filled;
+        --left;
+        from += STAGE_BYTES;
     }
     __device__ __forceinline__ void start() {
 #if RCP_HOPPER
         if ((threadIdx.x & 31) == 0) {
-            for (int slot = 0; slot < STAGES; ++slot) barrier_init(barriers + slot);
+            for (int i = 0; i < STAGES; ++i)
+                asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        } else {
+            left = 0;
         }
         __syncwarp();
 #endif
 #pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) request();
+        for (int i = 0; i < STAGES; ++i) request(i);
     }
-    // The bytes of a stage; they are there for every lane.
-    __device__ __forceinline__ const u8* wait(int stage) {
-        const int slot = stage % STAGES;
+    // Wait until the bytes of a slot are there for every lane. Slots come round in order; parity: of the round.
+    __device__ __forceinline__ void wait(int slot, int parity) const {
 #if RCP_HOPPER
-        wait_full(barriers + slot, (stage / STAGES) & 1);
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again;\n"
+            "}\n" ::"r"(barriers + slot * 8),
+            "r"(parity)
+            : "memory");
 #else
-        wait_pending<STAGES - 1>();
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
         __syncwarp();
 #endif
-        return buffer + slot * STAGE_BYTES;
     }
 };
 
@@ -134,14 +127,13 @@ __device__ __forceinline__ void mma(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a
 }
 
 // 16 columns (two products' worth) of rows g and g + 8: 16 codes a word, even ones at bits 4i, odd ones at 4i + 2.
-__device__ __forceinline__ void multiply(int (&sum)[4], u32 low, u32 high, u32 levels_low, u32 levels_high, u32 b0, u32 b1,
-                                         u32 b2, u32 b3) {
+__device__ __forceinline__ void multiply(int (&sum)[4], u32 low, u32 high, uint2 level, u32 b0, u32 b1, u32 b2, u32 b3) {
     const u32 mask = 0x33333333u;
     const u32 even_low = low & mask, odd_low = (low >> 2) & mask, even_high = high & mask, odd_high = (high >> 2) & mask;
-    mma(sum, __byte_perm(levels_low, 0, even_low), __byte_perm(levels_high, 0, even_high),
-        __byte_perm(levels_low, 0, odd_low), __byte_perm(levels_high, 0, odd_high), b0, b1);
-    mma(sum, __byte_perm(levels_low, 0, even_low >> 16), __byte_perm(levels_high, 0, even_high >> 16),
-        __byte_perm(levels_low, 0, odd_low >> 16), __byte_perm(levels_high, 0, odd_high >> 16), b2, b3);
+    mma(sum, look_up(level.x, even_low), look_up(level.y, even_high), look_up(level.x, odd_low), look_up(level.y, odd_high),
+        b0, b1);
+    mma(sum, look_up(level.x, upper_half(even_low)), look_up(level.y, upper_half(even_high)),
+        look_up(level.x, upper_half(odd_low)), look_up(level.y, upper_half(odd_high)), b2, b3);
 }
 
 // ---- activations
@@ -208,6 +200,19 @@ __device__ __forceinline__ void load_activations(const void* x, const float* x_s
 
 // ---- the kernel
 
+#ifdef TRACE
+__device__ u64 trace_data[1 << 20];
+__device__ u32 trace_count;
+__device__ __forceinline__ u64 now() {
+    u64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+#define MARK(i) if (threadIdx.x == 0) trace_row[i] = now()
+#else
+#define MARK(i)
+#endif
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
            int m, int k, int columns, int tiles, int units, float clip, float eps) {
@@ -217,68 +222,96 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
     const int owned = last - first, padded = units * 128, stride = padded + 16;
     i8* const code_MK = (i8*)(memory + RING_BYTES);
     int* const sums = (int*)(code_MK + TOKENS * stride);  // [owned * 16][TOKENS]
+    float* const scales = (float*)(sums + owned * 16 * TOKENS);  // [owned * 16], then biases
     __shared__ u64 barriers[WARPS][STAGES];
     __shared__ float scratch[2 * WARPS], token_scales[TOKENS];
+    __shared__ __align__(16) u8 zeros[32];
 
-    const int begin = (int)((i64)warp * owned * units / WARPS), end = (int)((i64)(warp + 1) * owned * units / WARPS);
-    Ring ring = {memory + warp * STAGES * STAGE_BYTES, barriers[warp],
-                 unit_TU + ((i64)first * units + begin) * UNIT_BYTES, (end - begin) * UNIT_BYTES, 0};
+#ifdef TRACE
+    u64* trace_row = trace_data;
+    if (threadIdx.x == 0) {
+        trace_row += 8 * atomicAdd(&trace_count, 1u);
+        u32 sm;
+        asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
+        trace_row[7] = sm;
+    }
+#endif
+    MARK(0);
+    const int stages = units / STAGE_UNITS;  // of a tile
+    const int begin = warp * owned * stages / WARPS, end = (warp + 1) * owned * stages / WARPS;
+    Ring ring = {shared_address(memory) + warp * STAGES * STAGE_BYTES, shared_address(barriers[warp]),
+                 unit_TU + ((i64)first * stages + begin) * STAGE_BYTES, end - begin};
     ring.start();
     pdl_launch();
+    if (threadIdx.x < 8) ((u32*)zeros)[threadIdx.x] = 0;
     for (int i = threadIdx.x; i < owned * 16 * TOKENS; i += blockDim.x) sums[i] = 0;
+    for (int i = threadIdx.x; i < owned * 16; i += blockDim.x) {
+        scales[i] = __ldg(scale_R + first * 16 + i);
+        if (bias_R) scales[owned * 16 + i] = __ldg(bias_R + first * 16 + i);
+    }
+    MARK(1);
     pdl_wait();
+    MARK(2);
     load_activations(x, x_scale_M, m, k, padded, clip, eps, code_MK, stride, token_scales, scratch);
     __syncthreads();
+    MARK(3);
 
-    const i8* const my_codes = code_MK + (g < TOKENS ? g : 0) * stride + t * 32;
-    const bool have_token = g < m;
-    int sum[4] = {0, 0, 0, 0}, tile = begin / units, unit = begin % units;
+    // Lanes of a token that is not there read zeros, again and again.
+    const u32 my_codes = g < m ? shared_address(code_MK) + g * stride + t * 32 : shared_address(zeros);
+    const u32 step = g < m ? 128 : 0;
+    const u32 my_code = ring.buffer + lane * 16;
+    const u32 my_level = ring.buffer + levels_of_lane(lane);
+    int even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0}, tile = begin / stages, in_tile = stages - begin % stages;
+    u32 codes = my_codes + (stages - in_tile) * STAGE_UNITS * step;
     auto flush = [&]() {
         int* const row = sums + (tile * 16 + g) * TOKENS;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int token = 2 * t + (i & 1);
-            if (token < m) atomicAdd(row + (i >> 1) * 8 * TOKENS + token, sum[i]);
-            sum[i] = 0;
+            if (token < m) atomicAdd(row + (i >> 1) * 8 * TOKENS + token, even[i] + odd[i]);
+            even[i] = odd[i] = 0;
         }
     };
-    const int stages = (end - begin + STAGE_UNITS - 1) / STAGE_UNITS;
-    for (int stage = 0, at = begin; stage < stages; ++stage) {
-        const u8* const data = ring.wait(stage);
+    for (int left = end - begin, parity = 0; left > 0; parity ^= 1) {
 #pragma unroll
-        for (int i = 0; i < STAGE_UNITS; ++i, ++at) {
-            if (at < end) {
-                const uint4 code = *(const uint4*)(data + i * UNIT_BYTES + lane * 16);
-                const int place = GROUP == 128 ? g : 2 * g + (t >> 1);
-                const uint2 level = *(const uint2*)(data + i * UNIT_BYTES + CODE_BYTES + place * 8);
-                uint4 b0 = {0, 0, 0, 0}, b1 = {0, 0, 0, 0};
-                if (have_token) {
-                    b0 = *(const uint4*)(my_codes + unit * 128);
-                    b1 = *(const uint4*)(my_codes + unit * 128 + 16);
-                }
-                multiply(sum, code.x, code.y, level.x, level.y, b0.x, b0.y, b0.z, b0.w);
-                multiply(sum, code.z, code.w, level.x, level.y, b1.x, b1.y, b1.z, b1.w);
-                if (++unit == units) {
+        for (int slot = 0; slot < STAGES; ++slot) {
+            if (left > 0) {
+                ring.wait(slot, parity);
+                const u32 next = codes + step;
+                const uint4 code0 = load4(my_code + slot * STAGE_BYTES);
+                const uint2 level0 = load2(my_level + slot * STAGE_BYTES);
+                const uint4 b0 = load4(codes), b1 = load4(codes + 16);
+                const uint4 code1 = load4(my_code + slot * STAGE_BYTES + UNIT_BYTES);
+                const uint2 level1 = load2(my_level + slot * STAGE_BYTES + UNIT_BYTES);
+                const uint4 b2 = load4(next), b3 = load4(next + 16);
+                codes = next + step;
+                multiply(even, code0.x, code0.y, level0, b0.x, b0.y, b0.z, b0.w);
+                multiply(odd, code1.x, code1.y, level1, b2.x, b2.y, b2.z, b2.w);
+                multiply(even, code0.z, code0.w, level0, b1.x, b1.y, b1.z, b1.w);
+                multiply(odd, code1.z, code1.w, level1, b3.x, b3.y, b3.z, b3.w);
+                __syncwarp();
+                ring.request(slot);
+                if (--in_tile == 0) {
                     flush();
-                    unit = 0, ++tile;
+                    in_tile = stages, ++tile, codes = my_codes;
                 }
+                --left;
             }
         }
-        __syncwarp();
-        ring.request();
     }
-    if (unit != 0) flush();
+    if (in_tile != stages) flush();
+    MARK(4);
     __syncthreads();
+    MARK(5);
 
     const int rows = EPILOGUE == 2 ? 8 : 16;  // of a tile, in out
     for (int i = threadIdx.x; i < owned * rows * m; i += blockDim.x) {
-        const int token = i / (owned * rows), local = i % (owned * rows), in_tile = local % rows;
-        const int row = (local / rows) * 16 + in_tile, column = first * rows + local;
+        const int token = i / (owned * rows), local = i % (owned * rows);
+        const int row = (local / rows) * 16 + local % rows, column = first * rows + local;
         if (column >= columns) continue;
         auto value = [&](int r) {
-            const int global = first * 16 + r;
-            const float y = __fmul_rn(__fmul_rn((float)sums[r * TOKENS + token], token_scales[token]), __ldg(scale_R + global));
-            return bias_R ? __fadd_rn(y, __ldg(bias_R + global)) : y;
+            const float y = __fmul_rn(__fmul_rn((float)sums[r * TOKENS + token], token_scales[token]), scales[r]);
+            return bias_R ? __fadd_rn(y, scales[owned * 16 + r]) : y;
         };
         float* const to = out + (i64)token * columns + column;
 #if EPILOGUE == 2
@@ -290,4 +323,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
         *to = value(row);
 #endif
     }
+    MARK(6);
 }

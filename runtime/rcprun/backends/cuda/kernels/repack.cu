@@ -3,23 +3,13 @@
 //   code_NB     u8  [n][code_bytes]          four codes a byte, lowest bits first
 //   level_NG4   i8  [n][groups][4]
 //   scale_N     f32 [n],  bias_N  f32 [n] or null
-//   unit_TU     u8  [tiles][units][UNIT_BYTES]   zero before; many layers may share it
+//   unit_TU     u8  [tiles][units][UNIT_BYTES], see units.cuh; zero before; several layers may share it
 //   scale_R     f32 [tiles * 16] zero before,  bias_R  f32 [tiles * 16] or null
 //   Row r of the layer becomes row `base + r` of the tiles (side < 0), or, for gate (side 0) and up (side 1), row
 //   r % 8 + 8 * side of tile r / 8.
-//   Unit, 16 rows x 128 columns: 512 bytes of codes, 16 for each lane (g, t): words of row g, g + 8, g, g + 8, the first
-//   two of columns [32 t, 32 t + 16), the others of the next 16. In each half word, column i of its 8 is at bits 4i and
-//   column 4 + i at bits 4i + 2. Then the levels, 8 bytes (rows g and g + 8) for each g and group of GROUP columns.
 //   One thread for each (row, unit, t).
 
-#include "common.cuh"
-
-#ifndef GROUP
-#error "GROUP: weights that share levels, 64 or 128"
-#endif
-
-#define CODE_BYTES 512
-#define UNIT_BYTES (CODE_BYTES + 64 * (128 / GROUP))
+#include "units.cuh"
 
 // The four codes of a byte, each in a nibble of its own.
 __device__ __forceinline__ u32 spread(u32 byte) {
