@@ -109,7 +109,8 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
     constexpr int BATCH = ROUNDS * GROUPS <= 8 ? ROUNDS : 8 / GROUPS;  // loads are in flight together
     const int lane = threadIdx.x & 31;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < ROUNDS * THREADS; first += BATCH * THREADS) {
+    for (int round = 0; round < ROUNDS; round += BATCH) {
+        const int first = round * THREADS + threadIdx.x;
         float4 u[BATCH][GROUPS];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
@@ -147,7 +148,7 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
 #pragma unroll
                 for (int j = 0; j < 4; ++j) v[j] = fmaf(sign, v[j], __shfl_xor_sync(FULL_MASK, v[j], offset));
             }
-            if (row >= 16 * K_STEPS) continue;
+            if (COUNT % (BATCH * THREADS) && row >= 16 * K_STEPS) continue;
             if (row >= DENSE) v[0] = v[1] = v[2] = v[3] = 0.0f;
             u16* const low = terms + row * STRIDE + stored_column(column);
             u16* const high = terms + row * STRIDE + stored_column(column + 2);
