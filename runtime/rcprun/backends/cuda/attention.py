@@ -134,6 +134,6 @@ def _head_groups(cache: KVCache, heads: int) -> int:
 
 
 def _splits(cache: KVCache, groups: int) -> int:
-    """Blocks that share the tokens of one row and group of heads: as many as run at once, no more than the context asks."""
+    """Blocks that share the tokens of one row and group of heads: as many as run at once, and the context can use."""
     useful = ceil_div(cache.capacity, 256)
     return min(_MAX_SPLITS, useful, max(_FEWEST_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * multiprocessors() // groups))

@@ -1,7 +1,7 @@
 """The quantized KV cache on the GPU: packed codes and their scales, for several sequences. Knows nothing of attention.
 
-A vector is ceil(D / 8S) * 8S codes, S = 16 / bits of them to 16 bits, lowest bits first. Keys lie one after another. Values
-lie in pairs of tokens, 16 bits of the even token and 16 of the odd one in turn, as the tensor cores take them.
+A vector is ceil(D / 8S) * 8S codes, S = 16 / bits of them to 16 bits, lowest bits first. Keys lie one after another.
+Values lie in pairs of tokens, 16 bits of the even token and 16 of the odd one in turn, as tensor cores take them.
 
 Shape suffixes: N slots, G KV heads, T capacity in tokens, D head_dim, B bytes of a vector.
 """
@@ -20,7 +20,7 @@ _SCALE_BYTES = 4
 
 
 class KVCache:
-    """Keys and values of all layers for `slots` sequences of up to `context` tokens. Written by rope, read by attention.
+    """Keys and values of all layers for `slots` sequences of up to `context` tokens: rope writes, attention reads.
 
     key_NGTB, value_NGTB: one uint8 array per layer. scale_NGT2: one uint32 array per layer, low and step as float16 in
     the lower and the upper half, of the key and the value.

@@ -1,6 +1,6 @@
 """From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu.
 
-Shape suffixes: M tokens, C channels of q, k and v (H + 2G heads of D), H heads, G KV heads, D head_dim, T tokens of context.
+Shape suffixes: M tokens, C channels (q, k and v: H + 2G heads of D), H heads, G KV heads, D head_dim, T positions.
 """
 
 from __future__ import annotations

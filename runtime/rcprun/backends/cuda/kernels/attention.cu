@@ -7,8 +7,8 @@
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
 // Grid (splits, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head, splits (at
-// most 128) the tokens. The grid knows no position: a split takes an equal share of the visible tokens, whole tiles for
-// every warp; splits beyond what they need leave at once. The last block of a (token, chunk) adds up all, in order.
+// most 128) the tokens. The grid knows no position: a split takes an equal share of the visible tokens, a tile for every
+// warp at least; splits beyond what they need leave at once. The last block of a (token, chunk) adds up all, in order.
 //
 // Defines: HEAD_DIM, BITS (4 or 8).
 #ifndef HEAD_DIM
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const int query_position = position[row];
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / Decode::TOKENS, tiles = query_position / Decode::TOKENS + 1 - first_tile;
-    const int share = ((tiles + splits - 1) / splits + WARPS - 1) / WARPS * WARPS;
+    const int share = max(WARPS, (tiles + splits - 1) / splits);
     const int used = (tiles + share - 1) / share;
     if (blockIdx.x >= used) return;
 

@@ -45,12 +45,19 @@ __device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
     return d;
 }
 
+// (word & mask) | bits, in one instruction; of the plain form with two constants the compiler makes two.
+__device__ __forceinline__ u32 masked_or(u32 word, u32 mask, u32 bits) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+    return result;
+}
+
 // Codes number s of both halves of a word, centred, as two f16. 0x6400 + c is the f16 1024 + c.
 __device__ __forceinline__ u32 centred(u32 word, int s) {
 #if BITS == 4
     const u32 shifted = s < 2 ? word : word >> 8;
-    if (s % 2 == 0) return add_half2((shifted & 0x000f000fu) | 0x64006400u, 0xe408e408u);  // - 1032
-    return multiply_add_half2((shifted & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+    if (s % 2 == 0) return add_half2(masked_or(shifted, 0x000f000fu, 0x64006400u), 0xe408e408u);  // - 1032
+    return multiply_add_half2(masked_or(shifted, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
 #else
     return add_half2(__byte_perm(word, 0x64646464u, s == 0 ? 0x4240 : 0x4341), 0xe480e480u);  // - 1152
 #endif
@@ -112,8 +119,8 @@ __device__ __forceinline__ Sequence sequence(
     return {keys + vectors * ROW_WORDS, values + vectors * ROW_WORDS, scales + vectors};
 }
 
-// What one warp knows of its columns, 4 to a tile: queries, and the softmax so far. In lane (g, j), tile n: q of column 4n + g / 2,
-// hi for even g and lo for odd g; everything else of column 4n + j.
+// What one warp knows of its columns, 4 to a tile: queries, and the softmax so far. In lane (g, j), tile n: q of column
+// 4n + g / 2, hi for even g and lo for odd g; everything else of column 4n + j.
 template <int N_TILES>
 struct Columns {
     static constexpr int COUNT = 4 * N_TILES;

@@ -1,5 +1,5 @@
-// Queries, keys and values of new tokens: RoPE, Hadamard, and the way into the cache (SPEC.md, "Attention", steps 2 to 5,
-// and "KV cache"). One warp to a (token, head); grid (M, ceil((H + 2G) / 4)), 4 warps to a block.
+// Queries, keys and values of new tokens: RoPE, Hadamard, and the way into the cache (SPEC.md, "Attention", steps 2 to
+// 5, and "KV cache"). One warp to a (token, head); grid (M, ceil((H + 2G) / 4)), 4 warps to a block.
 //
 // Shapes: M tokens, H query heads, G KV heads, D = HEAD_DIM, T = capacity, N slots; P and S as in attention.cu.
 //   qkv             f32 [M][(H + 2G) * D]: heads of q, of k, of v
@@ -13,7 +13,8 @@
 //   scales          u32 [N][G][T][2], written: low (f16, lower half) and step (f16, upper half) of key, value
 // eps: of the head's norm. norm: f32(1 / sqrt(HADAMARD)). Limits: D even, at most 1,024.
 //
-// Defines: HEAD_DIM, BITS (4 or 8), PALEY (m; 0: no Hadamard), HADAMARD (order of a block of the transform; D = its multiple).
+// Defines: HEAD_DIM, BITS (4 or 8), PALEY (m; 0: no Hadamard),
+// HADAMARD (order of a block of the transform; it divides D).
 #include "common.cuh"
 
 #ifndef HEAD_DIM
@@ -58,7 +59,7 @@ __device__ __forceinline__ float* hadamard(float* x, float* scratch, const i8* p
         const int block = channel / HADAMARD * HADAMARD, row = channel % HADAMARD / SYLVESTER;
         const float* column = x + block + channel % SYLVESTER;
         float sum = 0.0f;
-        for (int k = 0; k < PALEY; k++) sum += paley[row * PALEY + k] < 0 ? -column[k * SYLVESTER] : column[k * SYLVESTER];
+        for (int k = 0; k < PALEY; k++) sum += (float)paley[row * PALEY + k] * column[k * SYLVESTER];
         scratch[channel] = sum;
     }
     __syncwarp();
