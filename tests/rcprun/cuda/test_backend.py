@@ -56,7 +56,10 @@ def test_logits_are_those_of_the_numpy_backend(tmp_path: Path, name: str) -> Non
     expected = np.concatenate([np.concatenate(list(truth.forward_all(part))) for part in parts])
     same = close(found, expected)
     error = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()
-    assert same.mean() > 0.7, f"same rows: {same.astype(int)}, errors: {np.array2string(error, precision=6)}"
+    # With 8 bits codes flip 16 times as often, and move the result a sixteenth as far.
+    assert same.mean() > 0.7 or error.max() < 0.03, (
+        f"same rows: {same.astype(int)}, errors: {np.array2string(error, precision=6)}"
+    )
     assert error.max() < 0.5, error
     assert ours.length == truth.length == 60
 

@@ -9,7 +9,6 @@ Shape suffixes: M tokens of a pass, D hidden_size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import cupy
@@ -224,17 +223,31 @@ class CudaBackend:
 
     def _layer_of_few(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any) -> None:
         """A layer for up to MAX_TOKENS tokens; x_MD in place."""
-        few, count, a_bits = self._few, len(x_MD), self._quantization.a_bits
+        few, count, bits = self._few, len(x_MD), self._quantization.a_bits
         qkv, q, attended, z = (few.floats(name, count) for name in ("qkv", "q", "attended", "z"))
-        fused = partial(linear.linear, a_bits=a_bits, eps=float(self._eps))
         clip = layer.act_clip
-        fused(layer.qkv, x_MD, qkv, prologue=linear.NORMALIZE, epilogue=linear.STORE, clip=clip[0])
+        self._linear_of_few(layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE)
         self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
         self._decode(q, position_M, slot_M, index, layer.window, attended)
-        fused(layer.o, attended, x_MD, prologue=linear.QUANTIZE, epilogue=linear.ADD, clip=clip[1])
-        fused(layer.gate_up, x_MD, z, prologue=linear.NORMALIZE, epilogue=linear.SWIGLU, clip=clip[2])
+        self._linear_of_few(layer.o, attended, x_MD, clip[1], linear.QUANTIZE, linear.ADD)
+        self._linear_of_few(layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU)
         codes, scale = self._rotate_mlp(z, layer, few)
-        linear.linear(layer.down, codes, x_MD, prologue=linear.CODES, epilogue=linear.ADD, a_bits=a_bits, x_scale=scale)
+        linear.linear(layer.down, codes, x_MD, prologue=linear.CODES, epilogue=linear.ADD, a_bits=bits, x_scale=scale)
+
+    def _linear_of_few(
+        self, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
+    ) -> None:
+        """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
+        bits, eps = self._quantization.a_bits, self._eps
+        if len(x) == 1:
+            linear.linear(weights, x, out, prologue=prologue, epilogue=epilogue, a_bits=bits, clip=clip, eps=float(eps))
+            return
+        codes, scale = self._few.codes(x.shape[1], len(x))
+        if prologue == linear.NORMALIZE:
+            norm.norm_quantize(x, codes, scale, eps=eps, clip=clip, bits=bits)
+        else:
+            norm.quantize(x, codes, scale, clip=clip, bits=bits)
+        linear.linear(weights, codes, out, prologue=linear.CODES, epilogue=epilogue, a_bits=bits, x_scale=scale)
 
     def _layer_of_many(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, start: int) -> None:
         """A layer for many tokens at positions from start on; x_MD in place."""

@@ -22,8 +22,8 @@ CODES, NORMALIZE, QUANTIZE = 0, 1, 2
 STORE, ADD, SWIGLU = 0, 1, 2
 
 _WARPS, _STAGE_UNITS = 16, 2
-_STAGES = {1: 5, MAX_TOKENS: 4}
-"""Of each warp's ring, by the variant's tokens: at batch 1 two blocks share a multiprocessor."""
+_STAGES = {1: 3, MAX_TOKENS: 3}
+"""Of each warp's ring, by the variant's tokens: more of them delay the activations, which wait behind the weights."""
 
 
 def padded(columns: int) -> int:

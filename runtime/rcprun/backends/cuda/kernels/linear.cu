@@ -148,53 +148,56 @@ __device__ __forceinline__ void load_activations(const void* x, const float* x_s
         *(uint4*)(code_MK + (i / row) * stride + (i % row) * 16) = __ldcg(from + i);
     if (threadIdx.x < m) scale_M[threadIdx.x] = __ldcg(x_scale_M + threadIdx.x);
 #else
-    // A token belongs to WARPS / TOKENS warps; each of their lanes takes four neighbouring columns at a time.
-    const int per_token = WARPS / TOKENS, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int token = warp / per_token, part = warp % per_token, step = 4 * 32 * per_token;
-    const float* row = (const float*)x + (i64)token * k;
-    const bool vector = (k & 3) == 0, mine = token < m;
-    float sum = 0.0f, peak = 0.0f;
-    if (mine)
-        for (int i = (part * 32 + lane) * 4; i < k; i += step) {
-            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (vector) {
-                *(float4*)v = __ldcg((const float4*)(row + i));
-            } else {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) v[j] = i + j < k ? __ldcg(row + i + j) : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                sum += v[j] * v[j];
-                peak = fmaxf(peak, fabsf(v[j]));
-            }
+    // A token belongs to WARPS / TOKENS warps; each of their lanes takes four neighbouring columns at a time, and keeps
+    // the first HELD such vectors in registers: they are read once.
+    constexpr int PER_TOKEN = WARPS / TOKENS, HELD = 4, STEP = 4 * 32 * PER_TOKEN;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, token = warp / PER_TOKEN, part = warp % PER_TOKEN;
+    const float* const row = (const float*)x + (i64)token * k;
+    const int first = token < m ? (part * 32 + lane) * 4 : padded;
+    auto load = [&](int i) {
+        float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+        if ((k & 3) == 0) {
+            if (i < k) v = __ldcg((const float4*)(row + i));
+        } else {
+            if (i < k) v.x = __ldcg(row + i);
+            if (i + 1 < k) v.y = __ldcg(row + i + 1);
+            if (i + 2 < k) v.z = __ldcg(row + i + 2);
+            if (i + 3 < k) v.w = __ldcg(row + i + 3);
         }
+        return v;
+    };
+    float sum = 0.0f, peak = 0.0f;
+    auto measure = [&](float4 v) {
+        sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+    };
+    float4 held[HELD];
+#pragma unroll
+    for (int j = 0; j < HELD; ++j) held[j] = load(first + j * STEP);
+#pragma unroll
+    for (int j = 0; j < HELD; ++j) measure(held[j]);
+    for (int i = first + HELD * STEP; i < k; i += STEP) measure(load(i));
     sum = warp_sum(sum), peak = warp_max(peak);
     if (lane == 0) scratch[warp] = sum, scratch[WARPS + warp] = peak;
     __syncthreads();
     sum = 0.0f, peak = 0.0f;
-    for (int i = 0; i < per_token; ++i) {
-        sum += scratch[token * per_token + i];
-        peak = fmaxf(peak, scratch[WARPS + token * per_token + i]);
+#pragma unroll
+    for (int i = 0; i < PER_TOKEN; ++i) {
+        sum += scratch[token * PER_TOKEN + i];
+        peak = fmaxf(peak, scratch[WARPS + token * PER_TOKEN + i]);
     }
     const float norm = PROLOGUE == 1 ? __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)k) + eps)) : 1.0f;
     const TokenScale t = token_scale(__fmul_rn(peak, norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
-    if (mine) {
-        if (part == 0 && lane == 0) scale_M[token] = t.scale;
-        for (int i = (part * 32 + lane) * 4; i < padded; i += step) {
-            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (vector && i < k) {
-                *(float4*)v = __ldcg((const float4*)(row + i));
-            } else {
+    if (token < m && part == 0 && lane == 0) scale_M[token] = t.scale;
+    auto store = [&](int i, float4 v) {
+        char4 code;
+        code.x = token_code(__fmul_rn(v.x, norm), t, A_BITS), code.y = token_code(__fmul_rn(v.y, norm), t, A_BITS);
+        code.z = token_code(__fmul_rn(v.z, norm), t, A_BITS), code.w = token_code(__fmul_rn(v.w, norm), t, A_BITS);
+        if (i < padded) *(char4*)(code_MK + token * stride + i) = code;
+    };
 #pragma unroll
-                for (int j = 0; j < 4; ++j) v[j] = i + j < k ? __ldcg(row + i + j) : 0.0f;
-            }
-            char4 code;
-            code.x = token_code(__fmul_rn(v[0], norm), t, A_BITS), code.y = token_code(__fmul_rn(v[1], norm), t, A_BITS);
-            code.z = token_code(__fmul_rn(v[2], norm), t, A_BITS), code.w = token_code(__fmul_rn(v[3], norm), t, A_BITS);
-            *(char4*)(code_MK + token * stride + i) = code;
-        }
-    }
+    for (int j = 0; j < HELD; ++j) store(first + j * STEP, held[j]);
+    for (int i = first + HELD * STEP; i < padded; i += STEP) store(i, load(i));
 #endif
 }
 
