@@ -18,8 +18,15 @@ def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: 
 
 
 VARIANTS: dict[str, tuple[Definitions, ...]] = {
+    "attention": (
+        {"HEAD_DIM": 128, "BITS": 4},
+        {"HEAD_DIM": 64, "BITS": 8},
+        {"HEAD_DIM": 20, "BITS": 4},
+        {"HEAD_DIM": 512, "BITS": 4},
+    ),
     "bandwidth": ({},),
     "embed": ({"RCP_STRIDES": 4, "RCP_THREADS": 256},),
+    "expand": ({"GROUP": 128}, {"GROUP": 64}),
     "hadamard": (
         _layout(dense=60, columns=8, groups=1, row_parts=1, mt=1, nt=1, codes=1),  # 480
         _layout(dense=64, columns=64, groups=1, row_parts=1, mt=2, nt=4, codes=1),  # 4096, many tokens
@@ -43,7 +50,20 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"RCP_K": 11008, "RCP_THREADS": 1024},
         {"RCP_K": 1001, "RCP_THREADS": 512},
     ),
+    "prefill_attention": (
+        {"HEAD_DIM": 128, "BITS": 4, "TILES": 2},
+        {"HEAD_DIM": 64, "BITS": 8, "TILES": 4},
+        {"HEAD_DIM": 20, "BITS": 4, "TILES": 4},
+        {"HEAD_DIM": 512, "BITS": 4, "TILES": 1},
+    ),
     "repack": ({"GROUP": 128}, {"GROUP": 64}),
+    "rescale": ({"EPILOGUE": 0}, {"EPILOGUE": 1}, {"EPILOGUE": 2}),
+    "rope": (
+        {"HEAD_DIM": 128, "BITS": 4, "PALEY": 1, "HADAMARD": 128},
+        {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
+        {"HEAD_DIM": 20, "BITS": 4, "PALEY": 20, "HADAMARD": 20},
+    ),
+    "sample": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 16390},),
 }
 """Name of a `.cu` file to its definition sets, each of which defines all that the file asks for."""
 
