@@ -54,6 +54,9 @@ constexpr int STRIDE = WIDTH == 8 ? 8 : WIDTH + 8;  // an odd number of 16-byte 
 constexpr int CHAINS = MT * NT >= 4 ? 2 : 3;        // accumulators: upper terms | others, or one each
 constexpr int REGISTERS = 4 * MT * NT * CHAINS > 32 ? 4 * MT * NT * CHAINS + 48 : 80;  // enough without spills
 static_assert(WIDTH >= 8 && WIDTH <= 128 && WIDTH % (8 * NT) == 0 && PARTS <= 8, "limits");
+#if defined(__CUDA_ARCH__) && !RCP_HOPPER
+static_assert(PARTS == 1 || !CODES, "to quantize, the blocks of a vector are a cluster, which needs sm_90");
+#endif
 
 // Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels:
 // channel q·2NT + 2t + e is column 2q + e of tile t.
@@ -162,7 +165,7 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
 }
 
 // The largest of the peaks of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
-// counts the bytes: who has all of them may end. Nothing where there are no clusters: a vector has one block there.
+// counts the bytes: who has all of them may end.
 struct Exchange {
     u32 peaks[PARTS];
     u64 barrier;
