@@ -1,0 +1,105 @@
+"""Chooses next tokens on the GPU, as rcprun.sampling does on the CPU. Launches kernels/sample.cu.
+
+The draws have a random stream of their own: a seed gives other tokens than on the CPU, from the same distribution.
+Where logits tie at the top_k-th place, the smaller ids are kept. Knows nothing of models or text.
+
+Shape suffixes: M rows (sequences), V vocabulary, R places of the history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import cupy
+import numpy as np
+
+from rcprun.backends.cuda.launch import check, kernel
+from rcprun.sampling import REPEAT_WINDOW, SamplingOptions
+
+_THREADS = 1024
+_CHUNK = 4 * _THREADS
+_FIELDS = 3 + 4096 + 3 * 4097
+"""64-bit words of a row's workspace, besides three for each token of the vocabulary; sample.cu checks it."""
+_DEFINES = (("RCP_CHUNK", _CHUNK), ("RCP_FIELDS", _FIELDS))
+_VOCABULARY_LIMIT = 1 << 20
+_LARGEST_TEMPERATURE = 1e30
+"""Beyond it nothing changes, and infinity would divide infinite differences."""
+FAILED = -1
+"""The token of a row whose logits are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerState:
+    """Everything that sampling reads and writes between launches, on the GPU; a CUDA graph may replay the launches.
+
+    numbers float32 (M, 4): temperature, top_p, min_p, repeat_penalty. top_k int32 (M,). random uint32 (M, 4): the seed,
+    then the launches since it was set, low words first. token int32 (M,): the latest choice; position int32 (M,): its
+    place in its sequence. Both are what a decode step reads. history int32 (M, R): token i of a sequence, prompt
+    included, at i % R. length int32 (M,): tokens of the sequence.
+    """
+
+    numbers: cupy.ndarray
+    top_k: cupy.ndarray
+    random: cupy.ndarray
+    token: cupy.ndarray
+    position: cupy.ndarray
+    history: cupy.ndarray
+    length: cupy.ndarray
+    workspace: cupy.ndarray
+
+    @classmethod
+    def create(cls, rows: int, vocabulary: int, *, ring: int) -> Self:
+        """State of `rows` greedy sequences without tokens. ring: R, at least REPEAT_WINDOW."""
+        assert ring >= REPEAT_WINDOW and vocabulary < _VOCABULARY_LIMIT
+        numbers = np.tile(np.array([0, 1, 0, 1], dtype=np.float32), (rows, 1))
+        return cls(
+            numbers=cupy.asarray(numbers),
+            top_k=cupy.zeros(rows, dtype=np.int32),
+            random=cupy.zeros((rows, 4), dtype=np.uint32),
+            token=cupy.zeros(rows, dtype=np.int32),
+            position=cupy.zeros(rows, dtype=np.int32),
+            history=cupy.zeros((rows, ring), dtype=np.int32),
+            length=cupy.zeros(rows, dtype=np.int32),
+            workspace=cupy.zeros((rows, _FIELDS + 3 * vocabulary), dtype=np.uint64),
+        )
+
+    def start(self, row: int, options: SamplingOptions, seed: int, tokens: Sequence[int]) -> None:
+        """Make a row continue these tokens, with these options and the first draw of the seed."""
+        ring = self.history.shape[1]
+        history = np.zeros(ring, dtype=np.int32)
+        for place in range(max(0, len(tokens) - ring), len(tokens)):
+            history[place % ring] = tokens[place]
+        temperature = min(options.temperature, _LARGEST_TEMPERATURE)
+        numbers = [temperature, options.top_p, options.min_p, options.repeat_penalty]
+        self.numbers[row].set(np.array(numbers, dtype=np.float32))
+        self.top_k[row : row + 1].set(np.array([min(options.top_k, _VOCABULARY_LIMIT)], dtype=np.int32))
+        self.random[row].set(np.array([seed & 0xFFFFFFFF, seed >> 32, 0, 0], dtype=np.uint32))
+        self.position[row : row + 1].set(np.array([len(tokens) - 1], dtype=np.int32))
+        self.history[row].set(history)
+        self.length[row : row + 1].set(np.array([len(tokens)], dtype=np.int32))
+
+
+def sample(logits_MV: cupy.ndarray, state: SamplerState, *, greedy: bool) -> None:
+    """Choose a token for each row of float32 logits, and advance the state.
+
+    greedy: every row's temperature is 0, and the kernels that draw are not launched. A row whose logits are not finite
+    gets the token FAILED.
+    """
+    check(logits_MV, "logits", np.float32, (None, None))
+    rows, vocabulary = logits_MV.shape
+    check(state.numbers, "numbers", np.float32, (rows, 4))
+    check(state.top_k, "top_k", np.int32, (rows,))
+    check(state.random, "random", np.uint32, (rows, 4))
+    check(state.token, "token", np.int32, (rows,))
+    check(state.position, "position", np.int32, (rows,))
+    check(state.history, "history", np.int32, (rows, None))
+    check(state.length, "length", np.int32, (rows,))
+    check(state.workspace, "workspace", np.uint64, (rows, _FIELDS + 3 * vocabulary))
+    arguments = [
+        *(logits_MV, state.numbers, state.top_k, state.random, state.token, state.position, state.history),
+        *(state.length, state.workspace, np.int32(vocabulary), np.int32(state.history.shape[1])),
+    ]
+    for name in ("sample_top",) if greedy else ("sample_top", "sample_histogram", "sample_draw"):
+        kernel("sample", name, _DEFINES).launch((-(-vocabulary // _CHUNK), rows, 1), _THREADS, arguments, overlap=True)
