@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from rcpformat.errors import brief
-from rcprun.backends import Backend
+from rcprun.backends import Backend, SamplingBackend
 from rcprun.errors import BadRequest, ContextOverflow
 from rcprun.sampling import Sampler
 from rcprun.tokenizer import StopStrings, TextStream, Tokenizer
@@ -149,12 +149,11 @@ class Generation:
         )
 
     def _run(self) -> Generator[Piece, None, None]:
-        pending = self._history[self._cached :]
+        tokens = self._sampled()
         for produced in range(1, self._limit + 1):
             began = time.perf_counter()
-            token = self._sampler.sample(self._backend.forward(pending), self._history)
+            token = next(tokens)
             self._history.append(token)
-            pending = [token]
             text, reason = self._text_after(token, produced)
             seconds = time.perf_counter() - began
             if produced == 1:
@@ -166,6 +165,17 @@ class Generation:
             yield Piece(token, text)
             if reason:
                 return
+
+    def _sampled(self) -> Generator[int, None, None]:
+        """Token after token. Nothing is computed before it is asked for, but by a backend that samples by itself."""
+        logits = self._backend.forward(self._history[self._cached :])
+        if isinstance(self._backend, SamplingBackend):
+            yield from self._backend.generate(self._sampler.options, self._sampler.seed, self._history, self._limit)
+            return
+        while True:
+            token = self._sampler.sample(logits, self._history)
+            yield token
+            logits = self._backend.forward([token])
 
     def _text_after(self, token: int, produced: int) -> tuple[str, StopReason | None]:
         """What can be shown after this token, and why it is the last one, if it is."""

@@ -63,10 +63,15 @@ class SamplingOptions:
         return cls(**(values | {name: value for name, value in chosen.items() if value is not None}))
 
 
+def not_finite() -> BadModelFile:
+    """The error for logits that are infinite or not a number."""
+    return BadModelFile("the model gave logits that are not finite numbers; the file's weights make no sense")
+
+
 def check_finite(logits: NDArray[np.float32]) -> None:
     """Raise BadModelFile for logits, of any shape, that are infinite or not a number."""
     if not np.isfinite(logits).all():
-        raise BadModelFile("the model gave logits that are not finite numbers; the file's weights make no sense")
+        raise not_finite()
 
 
 def penalize(logits_V: NDArray[np.float32], recent: Sequence[int], penalty: float) -> NDArray[np.float32]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rcpformat.reader import RcpFile
 from rcprun.errors import BackendUnavailable
+from rcprun.sampling import SamplingOptions
 
 BACKENDS = ("auto", "numpy", "cuda")
 
@@ -48,6 +49,21 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryUse:
         """Bytes held now."""
+
+
+@runtime_checkable
+class SamplingBackend(Protocol):
+    """What a backend may have besides: it samples by itself, where the logits are."""
+
+    def generate(
+        self, options: SamplingOptions, seed: int, history: Sequence[int], count: int
+    ) -> Generator[int, None, None]:
+        """Up to `count` tokens after those of `forward`, which was called last; its logits give the first of them.
+
+        history: all tokens of the sequence, which options.repeat_penalty looks at. Reproducible for a seed, but not the
+        draws of another backend. Whenever a token comes out, all tokens before it count as appended, and it does not.
+        Raises BadModelFile for logits that are not finite.
+        """
 
 
 def create(name: str, file: RcpFile, context: int) -> Backend:

@@ -97,3 +97,29 @@ def test_too_little_memory_is_said_before_anything_is_allocated(tmp_path: Path, 
     monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (1000, 2000))
     with pytest.raises(OutOfMemory, match=r"GPU memory: needs .* GiB .* are free"):
         CudaBackend(RcpFile.open(tmp_path / "model.rcp"), 64)
+
+
+def test_generating_with_sampling_on_the_gpu(tmp_path: Path) -> None:
+    from rcprun.sampling import SamplingOptions
+
+    ours, _ = backends(tmp_path, "plain")
+    greedy, drawn = SamplingOptions(temperature=0), SamplingOptions(temperature=1.5, top_k=0, top_p=1, min_p=0)
+    prompt, runs = [1, 2, 3], []
+    for options, seed in ((greedy, 0), (greedy, 1), (drawn, 5), (drawn, 5), (drawn, 6)):
+        ours.truncate(0)
+        ours.forward(prompt)
+        runs.append(list(ours.generate(options, seed, prompt, 20)))
+    ours.truncate(0)
+    logits, expected = ours.forward(prompt), []
+    for _ in range(20):
+        expected.append(int(logits.argmax()))
+        logits = ours.forward(expected[-1:])
+    assert runs[0] == runs[1] == expected
+    assert runs[2] == runs[3] != runs[4]
+    ours.truncate(0)
+    ours.forward(prompt)
+    stream = ours.generate(greedy, 0, prompt, 20)
+    assert [next(stream) for _ in range(5)] == expected[:5]
+    stream.close()
+    assert ours.length == 7  # the prompt and four tokens; the fifth was never asked for as input
+    assert int(ours.forward(expected[4:5]).argmax()) == expected[5]

@@ -17,7 +17,7 @@ def why_unavailable() -> str | None:
         import cuda.bindings.nvrtc  # noqa: F401
         import cupy
     except ImportError as error:
-        return f"{error}; install the runtime with its GPU parts: pip install 'rcpconv[cuda]'"
+        return f"{error}; install the runtime with its GPU parts: pip install 'rcpconv[cuda]', or use --backend numpy"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

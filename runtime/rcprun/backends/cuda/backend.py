@@ -8,7 +8,7 @@ Shape suffixes: M tokens of a pass, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import cupy
@@ -27,15 +27,19 @@ from rcprun.backends.cuda.head import head_half, head_int8
 from rcprun.backends.cuda.kvcache import KVCache
 from rcprun.backends.cuda.kvcache import bytes_needed as cache_bytes
 from rcprun.backends.cuda.rope import Rope
-from rcprun.backends.cuda.sample import SamplerState, sample
+from rcprun.backends.cuda.sample import FAILED, SamplerState, sample
 from rcprun.backends.cuda.weights import Layer, Weights
 from rcprun.errors import OutOfMemory
-from rcprun.sampling import SamplingOptions
+from rcprun.sampling import SamplingOptions, not_finite
 
 PREFILL_TOKENS = 1024
 """Tokens that go through all layers at a time."""
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
+_LOGITS, _GREEDY, _DRAWN = "logits", "greedy", "drawn"
+"""What a step ends with."""
+_AHEAD = 4
+"""Places for tokens on their way to the host."""
 _RING = 4096
 """Generated tokens that the GPU remembers."""
 
@@ -96,7 +100,9 @@ class CudaBackend:
             self._build(file)
             self._stream.synchronize()
         self._length = 0
-        self._graphs: dict[bool, Any] = {}
+        self._graphs: dict[str, Any] = {}
+        self._pinned = cupy.cuda.alloc_pinned_memory(4 * _AHEAD)
+        self._tokens = np.frombuffer(self._pinned, np.int32, _AHEAD)
 
     def _build(self, file: RcpFile) -> None:
         a, q = self._architecture, self._quantization
@@ -119,7 +125,7 @@ class CudaBackend:
             if len(tokens) == 1:
                 self._sampler.token.set(np.array(tokens, np.int32))
                 self._sampler.position.set(np.array([self._length], np.int32))
-                self._step(sampling=False)
+                self._step(_LOGITS)
                 self._length += 1
             else:
                 for x_MD, buffers in self._passes(tokens):
@@ -148,18 +154,49 @@ class CudaBackend:
         """Bytes held, without the buffers between kernels."""
         return MemoryUse(weights=self._weights.nbytes, kv_cache=self._cache.nbytes)
 
+    def generate(
+        self, options: SamplingOptions, seed: int, history: Sequence[int], count: int
+    ) -> Generator[int, None, None]:
+        """See rcprun.backends.SamplingBackend. The GPU is a step ahead of the token that comes out."""
+        greedy, start = options.temperature == 0, self._length
+        assert len(history) == start and start + count <= self.context + 1
+        with self._stream:
+            self._sampler.start(0, options, seed, history)
+            sample(self._logits_MV, self._sampler, greedy=greedy)
+            coming = [self._copy_token(0)]
+        for produced in range(count):
+            if produced + 1 < count:
+                with self._stream:
+                    self._step(_GREEDY if greedy else _DRAWN)
+                    coming.append(self._copy_token(produced + 1))
+            coming.pop(0).synchronize()
+            token = int(self._tokens[produced % _AHEAD])
+            if token == FAILED:
+                raise not_finite()
+            self._length = start + produced
+            yield token
+
+    def _copy_token(self, place: int) -> Any:
+        """Ask for the sampler's token to be copied to the host; the event after which it is there."""
+        to = self._pinned.ptr + 4 * (place % _AHEAD)
+        token = self._sampler.token
+        cupy.cuda.runtime.memcpyAsync(to, token.data.ptr, 4, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return event
+
     def decode_greedy(self, count: int, batch: int = 1) -> list[int]:
         """Append the likeliest token, `count` times, without the host in between; the tokens. After forward only."""
         assert batch == 1 and self._length + count <= self.context and count <= _RING
+        start = self._length
         with self._stream:
-            first = int(self._logits_MV[0].argmax())
-            self._sampler.start(0, SamplingOptions(temperature=0.0), 0, [first])
-            self._sampler.token.set(np.array([first], np.int32))
-            self._sampler.position.set(np.array([self._length], np.int32))
+            self._sampler.start(0, SamplingOptions(temperature=0.0), 0, [])
+            self._sampler.position.set(np.array([start - 1], np.int32))
+            sample(self._logits_MV, self._sampler, greedy=True)
             for _ in range(count):
-                self._step(sampling=True)
-            self._length += count
+                self._step(_GREEDY)
             tokens: list[int] = self._sampler.history[0, :count].get().tolist()
+        self._length = start + count
         return tokens
 
     def read_bandwidth(self) -> float:
@@ -175,27 +212,27 @@ class CudaBackend:
 
     # ---- passes; on self._stream
 
-    def _step(self, *, sampling: bool) -> None:
-        """One token: from the sampler's token and position to logits, and to the next ones where sampling."""
-        graph = self._graphs.get(sampling)
-        if graph is None:
-            self._one_token(sampling)  # this step itself; it loads the kernels, which a capture may not do
-            self._stream.synchronize()
-            self._stream.begin_capture()
-            self._one_token(sampling)
-            self._graphs[sampling] = self._stream.end_capture()
-        else:
+    def _step(self, kind: str) -> None:
+        """One token: from the sampler's token and position to logits, and to the next ones unless kind is _LOGITS."""
+        graph = self._graphs.get(kind)
+        if graph is not None:
             graph.launch(self._stream)
+            return
+        self._one_token(kind)  # this step itself; it loads the kernels, which a capture may not do
+        self._stream.synchronize()
+        self._stream.begin_capture()
+        self._one_token(kind)
+        self._graphs[kind] = self._stream.end_capture()
 
-    def _one_token(self, sampling: bool) -> None:
+    def _one_token(self, kind: str) -> None:
         few, state = self._few, self._sampler
         x_MD = few.floats("x", 1)
         embed(state.token, self._weights.embed_VD, self._weights.embed_scale_V, x_MD)
         for index, layer in enumerate(self._weights.layers):
             self._layer_of_few(index, layer, x_MD, state.position, few.slot[:1])
         self._head(x_MD, self._logits_MV, few)
-        if sampling:
-            sample(self._logits_MV, state, greedy=True)
+        if kind != _LOGITS:
+            sample(self._logits_MV, state, greedy=kind == _GREEDY)
 
     def _passes(self, tokens: Sequence[int]) -> Iterator[tuple[Any, Buffers]]:
         """Residuals (M, D) after the last layer, block by block; each block is in the cache when it comes out."""

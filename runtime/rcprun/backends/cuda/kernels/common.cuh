@@ -42,8 +42,14 @@ __device__ __forceinline__ float float_from_half(u16 h) {
     return x;
 }
 
+// The larger one; NaN where either is, so that a token with one is refused in the end, not taken for another.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 __device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, offset));
+    for (int offset = 16; offset; offset >>= 1) x = max_or_nan(x, __shfl_xor_sync(FULL_MASK, x, offset));
     return x;
 }
 __device__ __forceinline__ float warp_sum(float x) {

@@ -169,7 +169,7 @@ __device__ __forceinline__ void load_activations(const void* x, const float* x_s
     float sum = 0.0f, peak = 0.0f;
     auto measure = [&](float4 v) {
         sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+        peak = max_or_nan(peak, max_or_nan(max_or_nan(fabsf(v.x), fabsf(v.y)), max_or_nan(fabsf(v.z), fabsf(v.w))));
     };
     float4 held[HELD];
 #pragma unroll
@@ -184,7 +184,7 @@ __device__ __forceinline__ void load_activations(const void* x, const float* x_s
 #pragma unroll
     for (int i = 0; i < PER_TOKEN; ++i) {
         sum += scratch[token * PER_TOKEN + i];
-        peak = fmaxf(peak, scratch[WARPS + token * PER_TOKEN + i]);
+        peak = max_or_nan(peak, scratch[WARPS + token * PER_TOKEN + i]);
     }
     const float norm = PROLOGUE == 1 ? __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)k) + eps)) : 1.0f;
     const TokenScale t = token_scale(__fmul_rn(peak, norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
