@@ -93,7 +93,8 @@ def test_the_reference_here_is_that_of_the_runtime() -> None:
             continue
         ids, probability = candidates(logits, options)
         draws = np.cumsum(probability) - probability / 2
-        assert [chosen(logits, options, [], draw)[0] for draw in draws] == ids.tolist()
+        likely = probability > 1e-12  # the others' draws are those of a neighbour
+        assert [chosen(logits, options, [], draw)[0] for draw in draws[likely]] == ids[likely].tolist()
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 3.0, 50.0])
