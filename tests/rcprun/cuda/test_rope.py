@@ -136,6 +136,17 @@ def test_vectors_at_the_edges_of_the_format() -> None:
         check_stored(cache, 1, slot, position, x_MD[:, None])
 
 
+def test_nan_stays_nan() -> None:
+    a = architecture(1, 1, 64)
+    qkv = np.random.default_rng(3).normal(size=(1, 3 * 64)).astype(np.float32)
+    qkv[0, [5, 64 + 9, 128 + 63]] = np.nan
+    place = np.zeros(1, dtype=np.int64)
+    q, cache = run(a, 4, qkv, place, place, r3=True)
+    assert np.isnan(q).all()
+    for site in (0, 1):
+        assert all(np.isnan(scale).all() for scale in stored(cache, site, place, place)[1:])
+
+
 def test_other_places_stay_and_runs_repeat() -> None:
     import cupy
 

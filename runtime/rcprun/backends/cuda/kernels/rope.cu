@@ -69,6 +69,11 @@ __device__ __forceinline__ float* hadamard(float* x, float* scratch, const i8* p
     return x;
 }
 
+// x within what a half can hold; NaN stays.
+__device__ __forceinline__ float clamp_half(float x) {
+    return -max_or_nan(-max_or_nan(x, -65504.0f), -65504.0f);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     rope(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
          const i32* position, const i32* slot, const i8* paley, float* q, u16* keys, u16* values, u32* scales, int heads,
@@ -135,21 +140,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         return;
     }
 
-    float low = __int_as_float(0x7f800000), high = -low;
+    float high = -__int_as_float(0x7f800000), minus_low = high;
     for (int i = lane; i < HEAD_DIM; i += 32) {
         const float y = x[i] * factor;
         x[i] = y;
-        low = fminf(low, y);
-        high = fmaxf(high, y);
+        high = max_or_nan(high, y);
+        minus_low = max_or_nan(minus_low, -y);
     }
     __syncwarp();
-    constexpr float TOP = (1 << BITS) - 1, LARGEST_HALF = 65504.0f;
+    constexpr float TOP = (1 << BITS) - 1;
     const float clip = is_value ? value_clip : key_clip;
-    high = fminf(fmaxf(clip * warp_max(high), -LARGEST_HALF), LARGEST_HALF);
-    const u16 low_half = half_from_float(fminf(fmaxf(clip * -warp_max(-low), -LARGEST_HALF), LARGEST_HALF));
-    low = float_from_half(low_half);
-    const float rounded = float_from_half(half_from_float(fminf(__fdiv_rn(high - low, TOP), LARGEST_HALF)));
-    const float step = fmaxf(rounded, 6.103515625e-05f);  // 2^-14
+    high = clamp_half(clip * warp_max(high));
+    const u16 low_half = half_from_float(clamp_half(clip * -warp_max(minus_low)));
+    const float low = float_from_half(low_half);
+    const float rounded = float_from_half(half_from_float(clamp_half(__fdiv_rn(high - low, TOP))));
+    const float step = max_or_nan(rounded, 6.103515625e-05f);  // 2^-14
     const float inverse = __fdiv_rn(1.0f, step);
 
     const i64 vector = ((i64)slot[row] * kv_heads + (head - heads) % kv_heads) * capacity + at;
