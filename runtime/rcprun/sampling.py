@@ -99,7 +99,7 @@ def candidates(
     weight = np.exp(relative)
     probability = weight / weight.sum()
     before = np.cumsum(probability) - probability
-    keep = (before < options.top_p) & (probability >= options.min_p * probability[0])
+    keep = ((before < options.top_p) | (options.top_p == 1)) & (probability >= options.min_p * probability[0])
     keep[0] = True
     ids = ids[keep]
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right limit

@@ -108,7 +108,8 @@ class CudaBackend:
         a, q = self._architecture, self._quantization
         self._cache = KVCache(a, q.kv_bits, 1, self.context)
         self._rope = Rope(a, file.tensor(spec.INV_FREQ), self.context, r3=q.r3)
-        self._decode = attention.Decode(self._cache, a.num_heads, linear.MAX_TOKENS)
+        self._attend_one = attention.Decode(self._cache, a.num_heads, 1)
+        self._attend_few = attention.Decode(self._cache, a.num_heads, linear.MAX_TOKENS)
         self._few = Buffers(a, linear.MAX_TOKENS)
         self._many: tuple[Buffers, Gemm] | None = None
         self._logits_MV = cupy.empty((1, a.vocab_size), np.float32)
@@ -265,7 +266,8 @@ class CudaBackend:
         clip = layer.act_clip
         self._linear_of_few(layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE)
         self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
-        self._decode(q, position_M, slot_M, index, layer.window, attended)
+        attend = self._attend_one if count == 1 else self._attend_few
+        attend(q, position_M, slot_M, index, layer.window, attended)
         self._linear_of_few(layer.o, attended, x_MD, clip[1], linear.QUANTIZE, linear.ADD)
         self._linear_of_few(layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU)
         codes, scale = self._rotate_mlp(z, layer, few)

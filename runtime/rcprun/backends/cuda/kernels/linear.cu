@@ -38,6 +38,7 @@
 #endif
 
 #define WARPS 16
+#define TRIGGER 5  // stages a warp has left when the next kernel may start: earlier, its weights delay this one's
 #define STAGE_UNITS 2
 #define STAGE_BYTES (STAGE_UNITS * UNIT_BYTES)
 #define RING_BYTES (WARPS * STAGES * STAGE_BYTES)
@@ -245,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
     Ring ring = {shared_address(memory) + warp * STAGES * STAGE_BYTES, shared_address(barriers[warp]),
                  unit_TU + ((i64)first * stages + begin) * STAGE_BYTES, end - begin};
     ring.start();
-    pdl_launch();
+    if (end - begin <= TRIGGER) pdl_launch();
     if (threadIdx.x < 8) ((u32*)zeros)[threadIdx.x] = 0;
     for (int i = threadIdx.x; i < owned * 16 * TOKENS; i += blockDim.x) sums[i] = 0;
     for (int i = threadIdx.x; i < owned * 16; i += blockDim.x) {
@@ -298,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
                     flush();
                     in_tile = stages, ++tile, codes = my_codes;
                 }
-                --left;
+                if (--left == TRIGGER) pdl_launch();
             }
         }
     }
