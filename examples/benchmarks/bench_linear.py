@@ -109,7 +109,7 @@ class Model:
         def launch() -> None:
             for layer in self.layers:
                 for weights, given, epilogue, out in zip(layer, inputs, epilogues, outs, strict=True):
-                    ops.linear(weights, out=out, epilogue=epilogue, **given, **options)
+                    ops.linear(weights, out=out, epilogue=epilogue, overlap=True, **given, **options)
 
         return launch
 

@@ -279,7 +279,17 @@ class CudaBackend:
         """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
         bits, eps = self._quantization.a_bits, self._eps
         if len(x) == 1:
-            linear.linear(weights, x, out, prologue=prologue, epilogue=epilogue, a_bits=bits, clip=clip, eps=float(eps))
+            linear.linear(
+                weights,
+                x,
+                out,
+                prologue=prologue,
+                epilogue=epilogue,
+                a_bits=bits,
+                clip=clip,
+                eps=float(eps),
+                overlap=prologue == linear.NORMALIZE,  # after the linear layer that wrote the residual
+            )
             return
         codes, scale = self._few.codes(x.shape[1], len(x))
         if prologue == linear.NORMALIZE:

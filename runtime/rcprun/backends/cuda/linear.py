@@ -96,11 +96,13 @@ def linear(
     x_scale: Any | None = None,
     clip: np.float32 | None = None,
     eps: float = 0.0,
+    overlap: bool = False,
     hopper: bool = True,
 ) -> None:
     """out (m, n) float32 of x: codes int8 (m, padded(k)) with x_scale (m,) for CODES, else float32 (m, k).
 
     NORMALIZE and QUANTIZE take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs interleaved weights.
+    overlap: start while the kernel before still runs, which pays after another linear layer, and costs after others.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
     m = len(x)
@@ -140,7 +142,7 @@ def linear(
             np.float32(eps),
         ),
         shared=shared,
-        overlap=True,
+        overlap=overlap,
     )
 
 
