@@ -44,7 +44,7 @@ test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not gpu" --numprocesses $(WORKERS) --timeout 3600
 
 test-gpu: $(READY)
-	$(PY) -m pytest -m gpu --timeout 1200
+	$(PY) -m pytest -m gpu --numprocesses $(WORKERS) --timeout 1200
 
 check: $(READY)
 	$(PY) -m ruff check .

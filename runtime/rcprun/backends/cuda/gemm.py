@@ -72,7 +72,7 @@ class Gemm:
             _CUBLAS_GEMM_DEFAULT,
         )
         kernel("rescale", "rescale", (("EPILOGUE", epilogue),)).launch(
-            (spec.ceil_div(weights.n, _THREADS), m, 1),
+            (spec.ceil_div(weights.n, 4 * _THREADS), m, 1),
             _THREADS,
             (
                 self._sums,
