@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 from rcpformat.errors import FormatError, UnreadableFile
 from rcpformat.reader import RcpFile
 from rcprun import backends, hub
-from rcprun.chat import Message, render_chat, require_template
+from rcprun.chat import ChatRenderer, Message, require_template
 from rcprun.engine import Generation, GenerationResult, Piece, check_tokens
 from rcprun.errors import BadModelFile, BadRequest
 from rcprun.sampling import Sampler, SamplingOptions
@@ -132,12 +132,12 @@ class Model:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The checked token ids that the model's chat template makes of messages. Raises as `chat`."""
         info = self.tokenizer.info
-        text = render_chat(
+        with ChatRenderer(
             info.chat_template,
-            messages,
             bos_token=self.tokenizer.token(info.bos_id),
             eos_token=self.tokenizer.token(info.eos_ids[0] if info.eos_ids else None),
-        )
+        ) as renderer:
+            text = renderer.render(messages)
         return check_tokens(self.tokenizer.encode_raw(text), self.file.architecture.vocab_size, self.context)
 
     def conversation(self, system: str | None = None) -> Conversation:

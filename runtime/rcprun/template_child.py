@@ -1,5 +1,6 @@
-"""Renders one chat template in a process of its own: JSON on standard input, JSON on standard output.
+"""Renders one chat template in a process of its own: JSON lines on standard input and on standard output.
 
+The first line in is the set-up, and each further one a template's variables, answered by {"text": …} or {"error": …}.
 Run as a script by chat.py, which explains why; it needs jinja2 and the standard library, nothing of this package.
 The dialect is that of transformers: trimmed blocks, loop controls, `{% generation %}`, `tojson`, `raise_exception`,
 `strftime_now`. The environment is jinja2's immutable sandbox with `*` and `**` bounded as well.
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sized
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -75,13 +77,18 @@ def tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def render(template: str, variables: dict[str, Any], largest_output: int) -> str:
-    """The rendered text. Raises jinja2's TemplateError, or whatever Python error the template's expressions give."""
+def compiled(template: str) -> Template:
+    """The template in the bounded sandbox. Raises jinja2's TemplateError."""
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(template)
+
+
+def render(template: Template, variables: dict[str, Any], largest_output: int) -> str:
+    """The rendered text. Raises jinja2's TemplateError, or whatever Python error the template's expressions give."""
     pieces, size = [], 0
-    for piece in environment.from_string(template).generate(**variables):
+    for piece in template.generate(**variables):
         size += len(piece)
         if size > largest_output:
             raise SecurityError(f"the output is longer than {largest_output} characters")
@@ -89,31 +96,45 @@ def render(template: str, variables: dict[str, Any], largest_output: int) -> str
     return "".join(pieces)
 
 
-def limit_resources(seconds: int, memory: int) -> None:
-    """Bound this process's CPU time and address space, and forbid writing files, where the system can."""
+def limit_resources(memory: int) -> None:
+    """Bound this process's address space, and forbid writing files, where the system can."""
     try:
         import resource
     except ImportError:  # not a POSIX system: the parent's deadline remains
         return
-    limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
-    for name, value in limits.items():
+    for name, value in {"RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}.items():
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
         except (ValueError, OSError):  # macOS refuses RLIMIT_AS
             continue
 
 
-def main() -> None:
-    """Read a request, write {"text": …} or {"error": …}."""
-    request = json.load(sys.stdin.buffer)
-    limit_resources(request["seconds"], request["memory"])
+def limit_seconds(seconds: int) -> None:
+    """Bound the CPU time that this process may take from now on, where the system can."""
     try:
-        answer = {"text": render(request["template"], request["variables"], request["largest_output"])}
-    except MemoryError:
-        answer = {"error": "it ran out of the memory that templates may use"}
-    except Exception as error:  # a template is foreign code and may fail in any way
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+        import resource
+    except ImportError:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, hard))
+
+
+def main() -> None:
+    """Answer every line, within the limits that the first one sets."""
+    setup = json.loads(sys.stdin.buffer.readline())
+    limit_resources(setup["memory"])
+    template: Template | None = None
+    for line in sys.stdin.buffer:
+        limit_seconds(setup["seconds"])
+        try:
+            template = template or compiled(setup["template"])
+            answer = {"text": render(template, json.loads(line), setup["largest_output"])}
+        except MemoryError:
+            answer = {"error": "it ran out of the memory that templates may use"}
+        except Exception as error:  # a template is foreign code and may fail in any way
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

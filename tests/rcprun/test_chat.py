@@ -1,16 +1,19 @@
 """Chat templates: the transformers dialect, and templates that mean harm."""
 
+import json
+
 import pytest
 
 from rcprun import template_child
-from rcprun.chat import TemplateLimits, render_chat
+from rcprun.chat import ChatRenderer, TemplateLimits
 from rcprun.errors import BadRequest, ChatTemplateError
 
 HI = [{"role": "user", "content": "hi"}]
 
 
 def render(template: str | None, messages=HI, **options) -> str:
-    return render_chat(template, messages, **options)
+    with ChatRenderer(template, **options) as renderer:
+        return renderer.render(messages)
 
 
 def test_renders_messages_with_special_tokens() -> None:
@@ -37,7 +40,7 @@ def test_trims_blocks_as_transformers_does() -> None:
 )
 def test_dialect(template: str, expected: str) -> None:
     variables = {"messages": HI, "tools": None, "documents": None, "add_generation_prompt": True}
-    assert template_child.render(template, variables, largest_output=100) == expected
+    assert template_child.render(template_child.compiled(template), variables, largest_output=100) == expected
 
 
 def test_raise_exception_gives_the_templates_message() -> None:
@@ -111,7 +114,53 @@ def test_a_template_sees_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
     seen = {}
-    original = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: seen.update(k["env"]) or original(*a, **k))
+    original = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: seen.update(k["env"]) or original(*a, **k))
     assert render("x") == "x"
     assert "HF_TOKEN" not in seen
+
+
+def test_one_child_renders_many_conversations_and_is_started_anew_after_a_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import subprocess
+
+    started = []
+    original = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(1) or original(*a, **k))
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{% set c = messages[0].content %}{% if c == 'fail' %}{{ none.x.y }}{% endif %}<{{ c }}>"
+    template += "{% if c == 'loop' %}" + loop + "{% endif %}"
+    with ChatRenderer(template, limits=TemplateLimits(seconds=1)) as renderer:
+
+        def answer(content: object) -> str:
+            return renderer.render([{"role": "user", "content": content}])
+
+        assert [answer(str(i)) for i in range(50)] == [f"<{i}>" for i in range(50)]
+        with pytest.raises(ChatTemplateError, match="UndefinedError"):
+            answer("fail")
+        with pytest.raises(BadRequest, match="JSON"):
+            answer(object())
+        assert answer("ü\n🙂") == "<ü\n🙂>" and len(started) == 1
+        with pytest.raises(ChatTemplateError, match="took longer than 1 s"):
+            answer("loop")
+        assert answer("on") == "<on>" and len(started) == 2
+
+
+def test_json_lines_for_other_programs() -> None:
+    import os
+    import subprocess
+    import sys
+
+    lines = [{"template": "{{ eos_token }}{{ messages[0].content.upper() }}", "eos_token": "</s>"}, HI, [], HI]
+    child = subprocess.run(
+        [sys.executable, "-m", "rcprun.chat"],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, none, last = map(json.loads, child.stdout.splitlines())
+    assert first == last == {"text": "</s>HI"} and "non-empty list" in none["error"]
+    assert child.stderr == ""

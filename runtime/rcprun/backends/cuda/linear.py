@@ -22,6 +22,8 @@ CODES, NORMALIZE, QUANTIZE = 0, 1, 2
 STORE, ADD, SWIGLU = 0, 1, 2
 
 _WARPS, _STAGE_UNITS = 16, 2
+_PLANE_BYTES, _ZEROS = 72, 32
+"""Of shared memory beside: for each unit where products go by bit planes, in all where they do not."""
 _STAGES = {1: 3, MAX_TOKENS: 3}
 """Of each warp's ring, by the variant's tokens: more of them delay the activations, which wait behind the weights."""
 
@@ -115,18 +117,21 @@ def linear(
     check(out, "out", np.float32, (m, weights.n))
     tokens = 1 if m == 1 else MAX_TOKENS
     stages = _STAGES[tokens]
+    planes = int(m == 1 and a_bits == 4 and weights.group == 128)
     defines = {
         "GROUP": weights.group,
         "TOKENS": tokens,
         "A_BITS": a_bits,
         "PROLOGUE": prologue,
         "EPILOGUE": epilogue,
+        "PLANES": planes,
         "STAGES": stages,
     }
     blocks = min(weights.tiles, multiprocessors())
     owned = spec.ceil_div(weights.tiles, blocks)
     ring = _WARPS * stages * _STAGE_UNITS * _unit_bytes(weights.group)
     shared = ring + tokens * (weights.units * UNIT_COLUMNS + 16) + owned * TILE_ROWS * 4 * (tokens + 2)
+    shared += weights.units * _PLANE_BYTES if planes else _ZEROS
     kernel("linear", "linear", _defines(defines, hopper)).launch(
         blocks,
         _WARPS * 32,

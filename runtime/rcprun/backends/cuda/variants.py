@@ -40,10 +40,10 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 2},
     ),
     "linear": (
-        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 1, "EPILOGUE": 0, "STAGES": 5},
-        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 2, "EPILOGUE": 1, "STAGES": 5},
-        {"GROUP": 64, "TOKENS": 8, "A_BITS": 8, "PROLOGUE": 1, "EPILOGUE": 2, "STAGES": 4},
-        {"GROUP": 128, "TOKENS": 8, "A_BITS": 4, "PROLOGUE": 0, "EPILOGUE": 0, "STAGES": 4},
+        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 1, "EPILOGUE": 0, "PLANES": 1, "STAGES": 3},
+        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 2, "EPILOGUE": 1, "PLANES": 1, "STAGES": 3},
+        {"GROUP": 64, "TOKENS": 1, "A_BITS": 8, "PROLOGUE": 1, "EPILOGUE": 2, "PLANES": 0, "STAGES": 3},
+        {"GROUP": 128, "TOKENS": 8, "A_BITS": 4, "PROLOGUE": 0, "EPILOGUE": 0, "PLANES": 0, "STAGES": 3},
     ),
     "norm": (
         {"RCP_K": 4096, "RCP_THREADS": 512},
