@@ -125,7 +125,7 @@ def test_the_runtime_gives_the_same_bits_twice(subject: Subject) -> None:
 
 @pytest.mark.slow
 def test_the_whole_model_agrees_over_100_000_tokens(tmp_path: Path) -> None:
-    """Perplexity within 0.3%; top-1 and KL as torch float32 against float64, within 3 standard errors."""
+    """Perplexity within 0.3%; top-1 and KL no worse than torch float32 against float64."""
     run = make_run("demo", tmp_path / "run", one_table=True)
     export(run, tmp_path / "model.rcp")
     train = (Path(__file__).parents[2] / "rcpconv/demo/train.txt").read_text(encoding="utf-8")
@@ -136,6 +136,5 @@ def test_the_whole_model_agrees_over_100_000_tokens(tmp_path: Path) -> None:
     print(f"perplexity: fake-quant {fake:.3f}, rcp {rcp:.3f}; {result.agreement}")
     assert abs(rcp / fake - 1) < 0.003
     ours, floor = result.agreement.values()
-    error = (2 * floor.top1_agreement * (1 - floor.top1_agreement) / result.tokens) ** 0.5
-    assert ours.top1_agreement > floor.top1_agreement - 3 * error
-    assert ours.mean_kl < 1.1 * floor.mean_kl
+    assert ours.top1_agreement >= floor.top1_agreement
+    assert ours.mean_kl <= floor.mean_kl
