@@ -14,10 +14,15 @@ def why_unavailable() -> str | None:
     """Why this backend cannot run here, with the remedy; None when it can."""
     try:
         import cuda.bindings.driver
-        import cuda.bindings.nvrtc  # noqa: F401
         import cupy
-    except ImportError as error:
-        return f"{error}; install the runtime with its GPU parts: pip install 'rcpconv[cuda]', or use --backend numpy"
+        import cupy_backends.cuda.libs.cublas  # noqa: F401
+
+        from rcprun.backends.cuda.compile import compiler_version
+
+        compiler_version()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a package is there, its library is not
+        reason = str(error).partition("\n")[0]
+        return f"{reason}; install the runtime with its GPU parts: pip install 'rcpconv[cuda]', or use --backend numpy"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -61,6 +61,12 @@ def compile_cubin(name: str, arch: int, defines: Mapping[str, int]) -> bytes:
     return bytes(cubin)
 
 
+def compiler_version() -> tuple[int, int]:
+    """Of NVRTC. Raises BackendUnavailable without its package, RuntimeError without its library."""
+    major, minor = _checked(_nvrtc().nvrtcVersion())
+    return major, minor
+
+
 def _options(arch: int, defines: Mapping[str, int]) -> list[str]:
     return [*_OPTIONS, f"--gpu-architecture=sm_{arch}", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
 
@@ -74,8 +80,7 @@ def _headers() -> dict[str, bytes]:
 
 
 def _key(name: str, arch: int, defines: Mapping[str, int]) -> str:
-    version = _checked(_nvrtc().nvrtcVersion())
-    parts = [repr(version).encode(), *(option.encode() for option in _options(arch, defines)), _source(name)]
+    parts = [repr(compiler_version()).encode(), *(option.encode() for option in _options(arch, defines)), _source(name)]
     for header, text in _headers().items():
         parts += [header.encode(), text]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
