@@ -5,8 +5,14 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,7 +35,7 @@ from rcpconv.config import (
     build_config,
     read_recipe,
 )
-from rcpconv.errors import BadOption, BadRun, BadTrainingData, ConversionError, TrainingDiverged
+from rcpconv.errors import BadCompiler, BadOption, BadRun, BadTrainingData, ConversionError, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
@@ -43,21 +49,22 @@ from rcpconv.runs import (
     RUNNING,
     WEIGHT_HASHES,
     Run,
-    already_there,
     created,
     locked,
     new_run_folder,
     newest_unfinished,
     now,
     replacing,
+    require_free,
     runs_root,
     write_json,
 )
 from rcpconv.train import checkpoints
+from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpconv.train.sampling import SELF_EPOCHS, SELF_TOKENS, sample
-from rcpconv.train.texts import Piece, read_source
-from rcpconv.train.tokens import Sequences, cached, chat_renderer, interleave
+from rcpconv.train.texts import HUB_PREFIX, read_source
+from rcpconv.train.tokens import Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
 
@@ -84,7 +91,8 @@ def quantize(
     settings: fields of QuantizeConfig, which beat the recipe's, which beat the defaults. resume: a run folder, or
     NEWEST; settings may then be repeated, but not changed. out: the run folder to make. runs: where run folders are.
     force: start even where the plan says that the machine will not do.
-    Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM, when everything is saved.
+    Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM, when it was said how to go on. A new run that fails
+    before it trains, for its texts or its compiler, leaves no folder.
     """
     console = console or Console()
     root = runs_root(runs)
@@ -109,13 +117,13 @@ def quantize(
             return _train(run, plan, source, windows, console)
     config = build_config(model, recipe, settings)
     folder = out or new_run_folder(root, config.model)
-    if folder.exists():
-        raise already_there(folder)
+    if not dry_run:
+        require_free(folder)
     machine = look_at_machine(config.device)
     judged: list[Plan] = []
 
     def judge(architecture: Architecture, tied: bool) -> None:
-        """Show the plan, before the weights of a Hub model are fetched; refuse what this machine cannot do."""
+        """Show the plan, before the weights of a Hub model are fetched; refuse what cannot be done here."""
         plan = make_plan(config, architecture, tied, machine)
         if dry_run:
             plan.show(console)
@@ -123,6 +131,7 @@ def quantize(
         plan.show_summary(console)
         if not force:
             plan.require_machine(folder)
+        _check_texts(plan.config)
         judged.append(plan)
 
     try:
@@ -133,9 +142,12 @@ def quantize(
         return None
     plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
     windows = _evaluation_windows(plan, source)
-    _streams(plan, source)
-    with created(folder, _record(plan, source), plan.config.to_toml(), source.tokenizer.json) as run:
-        return _train(run, plan, source, windows, console)
+    with created(folder, _record(plan, source), _located(plan.config).to_toml(), source.tokenizer.json) as run:
+        try:
+            return _train(run, plan, source, windows, console)
+        except (BadTrainingData, BadCompiler):  # nothing is trained, and resuming cannot mend it
+            run.delete()
+            raise
 
 
 class _OnlyPlanned(ConversionError):
@@ -144,10 +156,9 @@ class _OnlyPlanned(ConversionError):
 
 def _record(plan: Plan, source: SourceModel) -> dict[str, Any]:
     """run.json of a new run."""
-    local = Path(source.name).expanduser().is_dir() and source.name != DEMO
     return {
         "status": RUNNING,
-        "model": str(Path(source.name).expanduser().absolute()) if local else source.name,
+        "model": _located(plan.config).model,
         "revision": source.provenance["revision"],
         "created": now(),
         "finished": None,
@@ -158,6 +169,35 @@ def _record(plan: Plan, source: SourceModel) -> dict[str, Any]:
         "provenance": source.provenance,
         "evaluation": None,
     }
+
+
+def _located(config: QuantizeConfig) -> QuantizeConfig:
+    """The configuration with local files and folders by their absolute paths, so that a run can go on from anywhere."""
+    local = config.model != DEMO and Path(config.model).expanduser().is_dir()
+    return config.changed(
+        model=_absolute(config.model) if local else config.model,
+        data=tuple(map(_absolute, config.data)),
+        eval_data=None if config.eval_data is None else _absolute(config.eval_data),
+    )
+
+
+def _absolute(source: str) -> str:
+    """A path made absolute; the names of other sources stay."""
+    if source in (DEFAULT_CORPUS, DEMO, SELF) or source.startswith(HUB_PREFIX):
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def _meant(name: str, value: Any) -> Any:
+    """A value of a setting for comparison: files and folders, which have several names, by their real one."""
+
+    def real(source: str) -> str:
+        located = _absolute(source)
+        return os.path.realpath(located) if os.path.isabs(located) else located
+
+    if name == "data":
+        return tuple(map(real, value))
+    return real(value) if name in ("model", "eval_data") and value is not None else value
 
 
 def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recipe: Path | None) -> QuantizeConfig:
@@ -172,7 +212,9 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
         value, before = OPTIONS[name].check(name, value), getattr(run.config, name)
         if OPTIONS[name].free:
             changes[name] = value
-        elif value not in (before, AUTO):  # what auto stood for was decided when the run began
+        elif value != AUTO and _meant(name, value) != _meant(
+            name, before
+        ):  # what auto stood for was decided when the run began
             raise BadRun(
                 f"{name}: the run was started with {before!r}, now it is {value!r}; resume it unchanged, or start anew "
                 "without --resume"
@@ -182,18 +224,19 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
 
 def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Run:
     """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
-    try:
-        student = _trained_student(run, plan, source, windows, console)
-    except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
-        run.update(status=FAILED, reason=str(error))
-        raise
-    tensors = bake(student)
-    with replacing(run.folder / BAKED) as temporary:
-        save_file(tensors, temporary)
-    write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
-    evaluation = _evaluate(plan, source, tensors, windows, console) if windows else None
-    run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
-    checkpoints.delete_all(run)
+    with _stoppable(run, console):
+        try:
+            student = _trained_student(run, plan, source, windows, console)
+        except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
+            run.update(status=FAILED, reason=str(error))
+            raise
+        tensors = bake(student)
+        with replacing(run.folder / BAKED) as temporary:
+            save_file(tensors, temporary)
+        write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
+        evaluation = _evaluate(plan, source, tensors, windows, console) if windows else None
+        run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
+        checkpoints.delete_all(run)
     which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
     console.print(
         f"Finished: {run.folder}. Now type:\n  rcpconv export{which} --out model.rcp", highlight=False, soft_wrap=True
@@ -201,18 +244,53 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     return run
 
 
+@contextmanager
+def _stoppable(run: Run, console: Console) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Interrupted, after a word on how to go on."""
+    caught: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except Interrupted as stopped:
+        _tell_to_resume(run, f"{stopped}; everything is saved", console)
+        raise
+    except KeyboardInterrupt:
+        _tell_to_resume(run, "Stopped", console)
+        raise Interrupted("Stopped", caught[0] if caught else signal.SIGINT) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
+    console.print(
+        f"{happened}. Continue with:\n  rcpconv quantize --resume {run.folder}", highlight=False, soft_wrap=True
+    )
+
+
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
-    teacher = original_decoder(source, torch.bfloat16 if half else torch.float32, ComputeOptions(half=half)).to(device)
-    sequences = _sequences(run, plan, source, teacher, console)
+
+    @cache
+    def teacher() -> Decoder:
+        dtype = torch.bfloat16 if half else torch.float32
+        return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
+
+    sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
     rotations = Rotations(r1=config.r1, r2=config.r2, r3=config.r3, r4=config.r4)
     prepared = prepare(source, rotations=rotations, one_table=config.tables == "one", seed=config.seed)
     options = ComputeOptions(half=half, checkpoint_layers=config.grad_checkpointing == "on")
     student = student_decoder(prepared, plan.quantization, options, device=device)
     trainer = Trainer(
         student=student,
-        teacher=teacher,
+        teacher=teacher(),
         sequences=sequences,
         steps=plan.steps,
         config=config,
@@ -220,16 +298,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         console=console,
         evaluate=(lambda decoder: torch_perplexity(decoder, windows, "perplexity")) if windows else None,
     )
-    try:
-        trainer.train()
-    except Interrupted:
-        console.print(
-            f"Stopped after step {trainer.counters.step} of {plan.steps}; everything is saved. Continue with:\n"
-            f"  rcpconv quantize --resume {run.folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise
+    trainer.train()
     return student
 
 
@@ -275,30 +344,37 @@ def _evaluation_text(name: str) -> Text:
     return read_text(path)
 
 
-def _sequences(run: Run, plan: Plan, source: SourceModel, teacher: Decoder, console: Console) -> Sequences:
+def _check_texts(config: QuantizeConfig) -> None:
+    """Read the beginning of every text, before anything takes time. Raises BadTrainingData for one that cannot be."""
+    for name in config.data:
+        for stream in read_source(name, lambda messages: "") if name != SELF else []:
+            next(stream, None)
+    if config.eval_data is not None:
+        _evaluation_text(config.eval_data)
+
+
+def _sequences(
+    run: Run, plan: Plan, source: SourceModel, teacher: Callable[[], Decoder], console: Console
+) -> Sequences:
     """The training texts as tokens, from the run's cache or into it."""
     c = plan.config
     assert c.seq_len is not None
     seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
 
-    def rows() -> Iterable[list[int]]:
+    def rows() -> Iterator[list[int]]:
         if SELF in c.data:
             sampled = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
-            return _sampled(teacher, source, sampled, seq_len, c.seed, console)
-        tokenizer, streams = _streams(plan, source)
-        return tokenize_pieces(interleave(streams), tokenizer, source.tokenizer.info)
+            yield from _sampled(teacher(), source, sampled, seq_len, c.seed, console)
+            return
+        info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
+        with ChatRenderer(source.name, tokenizer, info) as render:
+            streams = [stream for name in c.data for stream in read_source(name, render)]
+            yield from tokenize_pieces(interleave(streams), tokenizer, info)
 
     token_N: NDArray[np.generic] = cached(
         run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
     )
     return Sequences(token_N, seq_len, c.seed)
-
-
-def _streams(plan: Plan, source: SourceModel) -> tuple[Tokenizer, list[Iterator[Piece]]]:
-    """The tokenizer and the training texts, not read yet. Raises BadTrainingData for one that is not there."""
-    tokenizer = Tokenizer.from_str(source.tokenizer.json.decode())
-    render = chat_renderer(tokenizer, source.tokenizer.info)
-    return tokenizer, [stream for name in plan.config.data if name != SELF for stream in read_source(name, render)]
 
 
 def _sampled(

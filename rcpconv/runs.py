@@ -23,7 +23,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadRun, RunNotFound
+from rcpconv.errors import BadRun, NotSaved, RunNotFound
 from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
 
 if TYPE_CHECKING:
@@ -71,17 +71,38 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block wrote there replaces `path` when it ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def saving(path: Path, remedy: str = "make room, or give yourself the permission to write there") -> Iterator[None]:
+    """Turn the system's refusal to write into NotSaved, which names `path` whatever file it was about."""
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except BrokenPipeError:  # of the terminal, not of a file
+        raise
+    except OSError as error:
+        raise NotSaved(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`; what the block made of it replaces `path` when it ends without an error.
+
+    It has the usual mode, also where a library writes a new file in its place. Raises NotSaved.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with saving(path):
+        try:
+            path.parent.mkdir(exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -243,6 +264,10 @@ class Run:
 
         return load_source(self.record["model"], revision=self.record.get("revision"))
 
+    def delete(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder)
+
     def update(self, **values: Any) -> None:
         """Set fields of run.json, at once and atomically."""
         self.record = self.record | values
@@ -252,7 +277,8 @@ class Run:
 @contextmanager
 def _lock(folder: Path, shown: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises BadRun when another process does; ends with this process."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with saving(shown):
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,16 +300,21 @@ def locked(run: Run) -> Iterator[Run]:
 def created(folder: Path, record: Mapping[str, Any], recipe: str, tokenizer_json: bytes) -> Iterator[Run]:
     """A new run folder, held: it appears under its name with record, recipe and tokenizer in it.
 
-    Raises BadRun when there is something in its place.
+    Raises BadRun when there is something in its place, NotSaved when it cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     nursery = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    nursery.mkdir()
     run = Run(nursery, dict(record))
-    write_json(nursery / RECORD, run.record)
-    write_text(nursery / RECIPE, recipe)
-    with replacing(nursery / TOKENIZER) as temporary:
-        temporary.write_bytes(tokenizer_json)
+    try:
+        with saving(folder, _OTHER_PLACE):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            nursery.mkdir()
+        write_json(nursery / RECORD, run.record)
+        write_text(nursery / RECIPE, recipe)
+        with replacing(nursery / TOKENIZER) as temporary:
+            temporary.write_bytes(tokenizer_json)
+    except BaseException:
+        shutil.rmtree(nursery, ignore_errors=True)
+        raise
     with _lock(nursery, folder):
         try:
             nursery.rename(folder)
@@ -293,6 +324,23 @@ def created(folder: Path, record: Mapping[str, Any], recipe: str, tokenizer_json
         sync_folder(folder.parent)
         run.folder = folder
         yield run
+
+
+_OTHER_PLACE = f"choose another --out, or another folder of runs with --runs or {RUNS_VARIABLE}"
+
+
+def require_free(folder: Path) -> None:
+    """Raises BadRun when there is something in this place, NotSaved when none can be made. Leaves nothing."""
+    if os.path.lexists(folder):
+        raise already_there(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        with saving(folder, _OTHER_PLACE):
+            folder.mkdir(parents=True)
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def already_there(folder: Path) -> BadRun:
@@ -308,7 +356,7 @@ def new_run_folder(root: Path, model: str) -> Path:
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
     stem = f"{slug}-{datetime.now():%Y%m%d-%H%M%S}"
     names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 1000))
-    return next(root / name for name in names if not (root / name).exists())
+    return next(root / name for name in names if not os.path.lexists(root / name))
 
 
 def _newest(root: Path, wanted: Callable[[Run], bool], key: str, nothing: str) -> Run:

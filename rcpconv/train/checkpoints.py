@@ -21,15 +21,15 @@ def _paths(run: Run) -> list[Path]:
 def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     """Write the state after `step` steps, then delete all but the `keep` newest checkpoints."""
     path = run.folder / _FOLDER / f"step-{step:07d}.pt"
-    path.parent.mkdir(exist_ok=True)
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = str(error).partition("\n")[0]
+    except (NotSaved, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = (
+            str(error).partition("\n")[0] if isinstance(error, NotSaved) else f"{path}: cannot be written ({error})"
+        )
         raise NotSaved(
-            f"{path}: cannot be written ({reason}); the checkpoint before it is intact: make room, then continue with "
-            f"rcpconv quantize --resume {run.folder}"
+            f"{reason}. The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
         ) from error
     for old in _paths(run)[:-keep]:
         old.unlink()

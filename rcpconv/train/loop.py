@@ -43,10 +43,10 @@ _EXPLODED = (2.0, 1.0)
 
 
 class Interrupted(Exception):
-    """The user asked to stop (Ctrl-C or SIGTERM); the state is saved."""
+    """The user asked to stop (Ctrl-C or SIGTERM); the text says where that was."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
+    def __init__(self, where: str, signal_number: int) -> None:
+        super().__init__(where)
         self.signal_number = signal_number
 
 
@@ -157,7 +157,7 @@ class Trainer:
                             plotted = paused
                         rate.skip(paused)
                     if caught:
-                        raise Interrupted(caught[0])
+                        raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", caught[0])
         finally:
             metrics.close()
             self._plot()

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rcpconv.runs import replacing
+from rcpconv.runs import replacing, saving
 
 
 class Metrics:
@@ -22,13 +22,15 @@ class Metrics:
 
     def __init__(self, path: Path, length: int) -> None:
         """Continue the file after `length` bytes; what a killed run wrote beyond them is dropped."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, length)
-        self.length = length
+        self._path, self.length = path, length
+        with saving(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, length)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one line."""
-        self.length += os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+        with saving(self._path):
+            self.length += os.write(self._descriptor, (json.dumps(line) + "\n").encode())
 
     def sync(self) -> None:
         """Make what was written durable."""

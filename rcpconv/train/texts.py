@@ -22,7 +22,9 @@ from rcpconv.config import DEFAULT_CORPUS, DEMO, SELF
 from rcpconv.errors import BadTrainingData
 
 Render = Callable[[list[Any]], str | None]
-"""Chat messages -> the text that the model's chat template makes of them; None when it has no template."""
+"""Chat messages -> the text that the model's chat template makes of them; None when it has no template.
+
+Raises BadTrainingData when the template fails."""
 
 HUB_PREFIX = "hf:"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -166,7 +168,7 @@ def document_of(row: object, render: Render, where: str) -> str:
             isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
             for message in messages
         ):
-            text = render(messages)
+            text = _rendered(messages, render, where)
             if text is None:
                 raise BadTrainingData(
                     f"{where}: chat messages, but this model has no chat template to render them; give rows a text"
@@ -176,6 +178,13 @@ def document_of(row: object, render: Render, where: str) -> str:
     raise BadTrainingData(
         f"{where}: expected an object with a string `text`, or with `messages` of role and content; found {found}"
     )
+
+
+def _rendered(messages: list[Any], render: Render, where: str) -> str | None:
+    try:
+        return render(messages)
+    except BadTrainingData as error:
+        raise BadTrainingData(f"{where}: {error}") from error
 
 
 def _encodable(text: str, where: str) -> str:
@@ -242,4 +251,4 @@ def _dolly(render: Render) -> Iterator[str]:
             row = json.loads(line)
             question = "\n\n".join(part for part in (row["instruction"], row["context"]) if part)
             chat = [{"role": "user", "content": question}, {"role": "assistant", "content": row["response"]}]
-            yield render(chat) or f"{question}\n\n{row['response']}"
+            yield _rendered(chat, render, "the default corpus") or f"{question}\n\n{row['response']}"

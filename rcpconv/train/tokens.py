@@ -19,32 +19,11 @@ from tokenizers import Tokenizer
 
 from rcpconv.errors import BadTrainingData
 from rcpconv.runs import replacing
-from rcpconv.train.texts import Piece, Render
+from rcpconv.train.texts import Piece
 from rcpformat.architecture import TokenizerInfo
 
 _BATCH_CHARACTERS = 4 << 20
 """Text tokenized at a time: enough for every core, and a bound on memory."""
-
-
-def chat_renderer(tokenizer: Tokenizer, info: TokenizerInfo) -> Render:
-    """Renders chat messages through the model's template, in transformers' sandbox."""
-
-    def render(messages: list[Any]) -> str | None:
-        if info.chat_template is None:
-            return None
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        eos = tokenizer.id_to_token(info.eos_ids[0]) if info.eos_ids else ""
-        bos = "" if info.bos_id is None else tokenizer.id_to_token(info.bos_id)
-        try:
-            texts = render_jinja_template([messages], chat_template=info.chat_template, bos_token=bos, eos_token=eos)[0]
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            roles = [message["role"] for message in messages]
-            raise BadTrainingData(f"a chat of roles {roles}: the model's chat template refuses it: {error}") from error
-        return str(texts[0])
-
-    return render
 
 
 def interleave(streams: list[Iterator[Piece]]) -> Iterator[Piece]:
@@ -87,7 +66,6 @@ def _take(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
 def write_cache(path: Path, rows: Iterable[list[int]], vocab_size: int, limit: int) -> None:
     """Write token rows one after another as an .npy file of at most `limit` tokens; it appears whole or not at all."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
         _write_header(file, dtype, 0)
         count = 0

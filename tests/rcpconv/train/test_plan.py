@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from rcpconv import plan as planning
 from rcpconv.cli import main
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.errors import BadOption, BadTrainingData, NotEnoughMachine
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.parts import TrainingParts
@@ -32,6 +32,7 @@ def plan(architecture: Architecture, machine: Machine, tied: bool = False, **set
 def test_open_settings_are_decided_from_model_and_machine() -> None:
     config = plan(LLAMA_2_7B, H200).config
     assert (config.lr, config.quantizer_lr, config.clip_lr) == (2e-5, 2e-4, 2e-4)
+    assert plan(LLAMA_2_7B, H200, lr=3e-4).config.clip_lr == 3e-3  # in floats, ten times 3e-4 is 0.0029999999999999996
     assert (config.seq_len, config.tokens, config.data) == (2048, 20_000_000, ("default",))
     assert (config.device, config.precision, config.compile, config.tables) == ("cuda:0", "bf16", "on", "two")
     assert config.grad_checkpointing == "on" and config.batch_size * config.grad_accum == 8
@@ -175,6 +176,8 @@ def test_a_hub_model_is_judged_before_its_weights_are_fetched(
 
     monkeypatch.setattr(source, "download_checkpoint", download)
     assert quantize("org/name", {"steps": 1}, dry_run=True) is None
+    with pytest.raises(BadTrainingData, match=r"no\.txt: no such file"):
+        quantize("org/name", {"steps": 1, "data": ("no.txt",)}, runs=tmp_path)
     monkeypatch.setattr(planning, "CPU_SECONDS", 0)
     with pytest.raises(NotEnoughMachine, match="org/name: not on this machine"):
         quantize("org/name", {"steps": 1}, runs=tmp_path)

@@ -1,8 +1,10 @@
 """`rcpconv quantize` from checkpoint to finished run: what it leaves, interruption, resumption, refusals."""
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,13 +20,23 @@ from rich.console import Console
 
 from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
-from rcpconv.errors import BadCompiler, BadRun, BadTrainingData, RunNotFound, TrainingDiverged
+from rcpconv.errors import (
+    BadCompiler,
+    BadRun,
+    BadTrainingData,
+    CheckpointNotFound,
+    NotSaved,
+    RunNotFound,
+    TrainingDiverged,
+)
 from rcpconv.evaluate import torch_perplexity
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, quantize
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
+from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import read_metrics
 from rcpformat import spec
+from tiny_checkpoints import make_tiny_checkpoint
 
 STEPS = 20
 SETTINGS: dict[str, Any] = {
@@ -227,9 +239,9 @@ def test_ctrl_c_saves_exits_130_and_says_how_to_go_on(
 
 @pytest.fixture
 def interrupted(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run that ended at once, as if killed."""
+    """A run that ended at once."""
     monkeypatch.setattr("rcpconv.train.loop.Trainer.train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         train(checkpoint, text, tmp_path / "runs" / "a")
     monkeypatch.undo()
     return Run.open(tmp_path / "runs" / "a")
@@ -357,7 +369,7 @@ def test_texts_that_will_not_do(checkpoint: Path, tmp_path: Path) -> None:
     short.write_text("Too short.")
     with pytest.raises(BadTrainingData, match="one sequence takes 24"):
         train(checkpoint, short, tmp_path / "a")
-    assert Run.open(tmp_path / "a").status == FAILED  # not what --resume takes by itself
+    assert not (tmp_path / "a").exists()  # so that the same place is free for the next attempt
     with pytest.raises(BadTrainingData, match=r"eval_data: nowhere\.txt: expected a text file"):
         train(checkpoint, short, tmp_path / "b", eval_data="nowhere.txt")
     with pytest.raises(BadTrainingData, match=r"nowhere\.txt: no such file or folder"):
@@ -387,3 +399,102 @@ def test_a_damaged_checkpoint_leaves_the_run_resumable(interrupted: Run) -> None
     newest.unlink()
     resume(interrupted.folder)
     assert Run.open(interrupted.folder).status == FINISHED
+
+
+def test_texts_that_fail_late_leave_no_new_run_but_keep_an_old_one(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the second line is found before any weights are read."""
+    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.txt"
+    rows.write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    shutil.copy(text, copy)
+    monkeypatch.setattr("rcpconv.quantize.original_decoder", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(BadTrainingData, match=r"rows\.jsonl: line 2"):
+        train(checkpoint, rows, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+    monkeypatch.setattr("rcpconv.quantize.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted):
+        train(checkpoint, copy, tmp_path / "a")
+    monkeypatch.undo()
+    copy.unlink()
+    with pytest.raises(BadTrainingData, match="no such file"):
+        resume(tmp_path / "a")
+    assert Run.open(tmp_path / "a").status == FAILED
+
+
+def test_the_place_of_a_run_is_tried_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    nowhere = tmp_path / "no" / "model"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotSaved, match=r"file/a: cannot be written \(Not a directory\); choose another --out"):
+        train(nowhere, tmp_path / "file", tmp_path / "file" / "a")
+    with pytest.raises(CheckpointNotFound):
+        train(nowhere, tmp_path / "file", tmp_path / "runs" / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_hostile_chat_template_ends_in_one_line_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    make_tiny_checkpoint("llama32", tmp_path / "hostile")
+    (tmp_path / "hostile" / "chat_template.jinja").write_text(loop)
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    monkeypatch.setattr("rcpconv.train.chats.SECONDS", 1)
+    with pytest.raises(BadTrainingData, match=r"chat\.jsonl: line 1: .*hostile: .* took longer than 1 s .* fix"):
+        train(tmp_path / "hostile", tmp_path / "chat.jsonl", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_goes_on_from_any_folder(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are kept absolute; repeated settings may name the same file in another way."""
+    shutil.copy(text, tmp_path / "text.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    (tmp_path / "tiny").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rcpconv.quantize.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted):
+        train(Path("tiny"), Path("text.txt"), Path("a"), eval_data="text.txt", max_eval_tokens=100, steps=2)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = Run.open("../a").config
+    assert config.data == (config.eval_data,) == (str(tmp_path / "text.txt"),)
+    assert config.model == str(tmp_path / "tiny")
+    with pytest.raises(BadRun, match="data: the run was started with"):
+        resume(Path("../a"), data=("demo",))
+    run = quantize("../tiny", {"data": ("../text.txt",), "eval_data": "../link.txt"}, resume="../a")
+    assert run is not None and run.status == FINISHED
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_the_first_step_it_says_how_to_go_on(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("rcpconv.quantize.prepare", lambda *_, **__: os.kill(os.getpid(), number))
+    output = io.StringIO()
+    with pytest.raises(Interrupted) as stopped:
+        quantize(
+            str(checkpoint),
+            SETTINGS | {"data": (str(text),), "steps": 1},
+            out=tmp_path / "a",
+            console=Console(file=output),
+        )
+    assert stopped.value.signal_number == number
+    command = f"rcpconv quantize --resume {tmp_path / 'a'}"
+    assert command in output.getvalue().replace("\n", " ")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert resume(tmp_path / "a").status == FINISHED
+
+
+def test_files_of_a_run_have_the_usual_mode(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run = train(checkpoint, text, tmp_path / "a", steps=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run.folder.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes

@@ -9,8 +9,9 @@ import pytest
 
 from rcpconv.errors import BadTrainingData
 from rcpconv.train import tokens
+from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.texts import Piece, pieces
-from rcpconv.train.tokens import Sequences, cached, chat_renderer, interleave, tokenize
+from rcpconv.train.tokens import Sequences, cached, interleave, tokenize
 from rcpformat.architecture import TokenizerInfo
 from tiny_checkpoints import CHAT_TEMPLATE, byte_level_tokenizer
 
@@ -47,20 +48,11 @@ def test_a_document_in_pieces_has_one_bos_and_one_eos() -> None:
 
 def test_rendered_chats_keep_their_own_special_tokens() -> None:
     """The template writes BOS and the end of turn; neither is added again."""
-    render = chat_renderer(TOKENIZER, INFO)
-    text = render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}])
+    with ChatRenderer("m", TOKENIZER, INFO) as render:
+        text = render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}])
     assert text is not None and text.startswith("<|begin|>user: hi<|turn|>\n")
     (row,) = tokenize(documents(text.rstrip("\n")), TOKENIZER, INFO)
     assert row == [BOS, *ids("user: hi"), TURN, *ids("\nassistant: yes"), TURN]
-
-
-def test_chats_without_a_template_or_that_it_refuses() -> None:
-    assert chat_renderer(TOKENIZER, TokenizerInfo(bos_id=None, eos_ids=(), add_bos=False))([]) is None
-    strict = TokenizerInfo(
-        bos_id=None, eos_ids=(), add_bos=False, chat_template="{{ raise_exception('only users, please') }}"
-    )
-    with pytest.raises(BadTrainingData, match=r"roles \['system'\]: .* refuses it: only users, please"):
-        chat_renderer(TOKENIZER, strict)([{"role": "system", "content": "x"}])
 
 
 def test_streams_are_mixed_document_by_document() -> None:
