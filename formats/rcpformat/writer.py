@@ -40,7 +40,9 @@ def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputNotWritable(f"{path}: expected a writable path, found: {error.strerror or error}") from error
+        raise OutputNotWritable(
+            f"{path}: expected a writable path, found: {error.strerror or error}; choose another, or make it writable"
+        ) from error
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class _Main(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has left: click ends quietly
                 raise
-            raise click.ClickException(str(error)) from error
+            reason = error.strerror or str(error)
+            raise click.ClickException(f"{error.filename}: {reason}" if error.filename else reason) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(INTERRUPTED_EXIT_CODE)

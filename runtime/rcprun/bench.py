@@ -30,7 +30,7 @@ from rcpformat.reader import RcpFile
 from rcprun.backends import Backend
 from rcprun.errors import BadRequest, ContextOverflow
 from rcprun.model import load, open_file
-from rcprun.score import replacing
+from rcprun.output import replacing
 
 DEFAULT_PROMPTS = (512, 2048)
 DEFAULT_GENERATED = (128,)

@@ -6,10 +6,9 @@ Logits are float32; exponentials of their distance to the row's largest are summ
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 
 from rcprun.backends import Backend
 from rcprun.engine import check_tokens
-from rcprun.errors import BadRequest, ContextOverflow, InputOutputError
+from rcprun.errors import BadRequest, ContextOverflow
+from rcprun.output import replacing
 from rcprun.sampling import check_finite
 
 
@@ -100,7 +100,7 @@ def score_file(
     """Score JSON lines (read_sequences) into one JSON line each: n, logprob, token_logprobs, and top1 where asked for.
 
     out: a file, or standard output. logits: a .npy file for the float32 logits after every token, sequence after
-    sequence. Existing files are overwritten only with force. Raises BadRequest or ContextOverflow.
+    sequence. Existing files are overwritten only with force. Raises BadRequest, ContextOverflow or InputOutputError.
     """
     sequences = read_sequences(lines, vocab_size, backend.context)
     with ExitStack() as stack:
@@ -118,21 +118,3 @@ def score_file(
             row += len(tokens)
             line = {"n": len(tokens), "logprob": score.logprob, "token_logprobs": score.token_logprobs}
             print(json.dumps(line | ({"top1": score.top1} if top1 else {}), allow_nan=False), file=sink, flush=True)
-
-
-@contextmanager
-def replacing(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, renamed to it at the end, removed after an error.
-
-    Raises BadRequest when `path` exists and force is not set, InputOutputError when its folder does not.
-    """
-    if not path.parent.is_dir():
-        raise InputOutputError(f"{path}: {path.parent} is not a folder; choose another path")
-    if path.exists() and not force:
-        raise BadRequest(f"{path}: exists already; choose another name, or --force")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import pytest
 from rcprun.backends.cuda import compile as door
 from rcprun.backends.cuda.compile import CACHE_VARIABLE, KERNELS, compile_cubin, cubin_file
 from rcprun.backends.cuda.variants import ARCHITECTURES, HOPPER_VARIANTS, VARIANTS
+from rcprun.errors import InputOutputError
 
 SOURCES = {path.stem: path for path in sorted(KERNELS.glob("*.cu"))}
 GUARD = re.compile(r"^#if(ndef \w+|.*!defined\(.*)\n#error\b", re.MULTILINE)
@@ -111,6 +112,19 @@ def test_a_cubin_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(door, "compile_cubin", lambda *_: pytest.fail("compiled again"))
     assert cubin_file("scale", 90, {"TIMES": 3}) == first
     assert list(cache.iterdir()) == [first]
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_left_clean(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(InputOutputError, match=r"cache/scale-\w+\.cubin: .* No space left on device; set RCPRUN_CACHE"):
+        cubin_file("scale", 90, {"TIMES": 3})
+    assert list(cache.iterdir()) == []
+    monkeypatch.setenv(CACHE_VARIABLE, str(door.KERNELS / "scale.cu"))
+    with pytest.raises(InputOutputError, match=r"File exists; set RCPRUN_CACHE to a folder"):
+        cubin_file("scale", 90, {"TIMES": 3})
 
 
 def test_whatever_makes_a_cubin_is_in_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

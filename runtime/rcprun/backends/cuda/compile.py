@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rcprun.errors import BackendUnavailable
+from rcprun.output import replacing, writing
 
 KERNELS = Path(__file__).parent / "kernels"
 CACHE_VARIABLE = "RCPRUN_CACHE"
@@ -33,10 +33,11 @@ def cubin_file(name: str, arch: int, defines: Mapping[str, int]) -> Path:
     file = cache_folder() / f"{name}-{_key(name, arch, defines)}.cubin"
     if not file.exists():
         cubin = compile_cubin(name, arch, defines)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(cubin)
-        os.replace(temporary.name, file)
+        remedy = f"set {CACHE_VARIABLE} to a folder that can be written"
+        with writing(file, remedy):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file, force=True, remedy=remedy) as temporary, writing(file, remedy):
+            temporary.write_bytes(cubin)
     return file
 
 
