@@ -1,5 +1,7 @@
 """Perplexity of the original, of the fake-quantized run and of the `.rcp` file in the runtime, on the same windows.
 
+And what the two torch models write, when that is asked for.
+
 The runtime runs in a child process (`rcp-run score`): nothing of it is imported. Knows nothing of training.
 
 Shape suffixes: T tokens of a window, V vocabulary.
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from rcpconv.baking import baked_decoder
 from rcpconv.errors import EvaluationFailed
+from rcpconv.generation import GenerationResult, Generations, Task, measured
 from rcpconv.heldout import Text, default_text
 from rcpconv.hub import file_sha256
 from rcpconv.inspection import model_size
@@ -36,13 +39,19 @@ from rcpconv.model import Decoder
 from rcpconv.prepare import original_decoder
 from rcpconv.runs import Run
 from rcpformat import spec
-from rcpformat.architecture import Architecture, Quantization
+from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
 from rcpformat.reader import RcpFile
 
 ORIGINAL, FAKE_QUANT, RCP = "original", "fake-quant", "rcp"
 MODELS = (ORIGINAL, FAKE_QUANT, RCP)
 
 DEFAULT_WINDOW = 1024
+GENERATION_TOKENS = 256
+GENERATION_HEADINGS = ("distinct-1 to 4 (%)", "repeated", "longest", "teacher")
+GENERATION_CAPTION = (
+    "repeated: share of 4-grams that came before; longest: tokens of the longest span that is repeated; "
+    "teacher: share of the original's greedy tokens that this model would choose too"
+)
 LOGIT_FILE_BYTES = 512 << 20
 """The runtime's logits lie on disk this much at a time."""
 _LOGIT_ELEMENTS = 1 << 24
@@ -104,6 +113,7 @@ class Evaluation:
     models: list[ModelResult]
     agreement: dict[str, Difference]
     """By "runtime vs. torch float32" and "torch float32 vs. torch float64"."""
+    generations: Generations | None = None
 
 
 def _progress(items: Sequence[Any], description: str) -> Iterable[Any]:
@@ -230,12 +240,15 @@ def evaluate(
     max_tokens: int | None = None,
     skip: Sequence[str] = (),
     compare: bool = False,
+    generations: int = 0,
+    generation_tokens: int = GENERATION_TOKENS,
     device: str = "auto",
 ) -> Evaluation:
     """Perplexity of up to three MODELS: the run's original, the run, and the file; `skip` leaves some out.
 
     text: None = default_text. window: tokens; None = 1024, or the model's context where that is shorter.
     compare: measure the agreement too (needs `rcp`).
+    generations: continue so many prompts from the text by generation_tokens tokens each, with the torch models.
     device: of the torch models: "cpu", "cuda", or "auto" (cuda where there is one).
     Raises EvaluationFailed when there is nothing to do, the window is too long, or the file is not of the run.
     """
@@ -244,27 +257,41 @@ def evaluate(
         raise EvaluationFailed("nothing to evaluate: name a run with --run or a file with --rcp, and skip less")
     if compare and RCP not in wanted:
         raise EvaluationFailed("agreement is between a file and torch: name the file with --rcp")
-    target = _device(device)
+    if generations and not {ORIGINAL, FAKE_QUANT} & set(wanted):
+        raise EvaluationFailed("generations are written by the torch models: name a run with --run, and skip less")
+    target = pick_device(device)
     model = _Quantized.of(run, rcp)
     context = model.architecture.max_position_embeddings
     window = window or min(DEFAULT_WINDOW, context)
     if window > context:
         raise EvaluationFailed(f"window: expected at most {context} tokens, the model's context, found {window}")
     text = text or default_text(model.base_model)
-    windows = cut(tokenize(model.tokenizer_json, text.content), window, max_tokens)
+    tokens = tokenize(model.tokenizer_json, text.content)
+    windows = cut(tokens, window, max_tokens)
     if not windows:
         raise EvaluationFailed(f"{text.name}: expected at least two tokens of text")
+    task = None
+    if generations:
+        task = Task.cut(tokens, model.tokenizer, count=generations, tokens=generation_tokens, context=context)
     fp16 = model_size(model.architecture, model.quantization, model.provenance, 0).fp16_bytes
     results, differences = [], {}
+    written: list[GenerationResult] = []
+    teacher = None
     if ORIGINAL in wanted:
         assert run is not None
         decoder = original_decoder(run.source()).to(target)
         perplexity = torch_perplexity(decoder, windows, ORIGINAL)
         results.append(ModelResult(name=ORIGINAL, perplexity=perplexity, bytes=fp16, ratio=1.0))
+        if task is not None:
+            teacher = task.write(decoder)
+            written += measured(ORIGINAL, teacher)
     if FAKE_QUANT in wanted or compare:
         decoder = baked_decoder(model.architecture, model.quantization, model.tensor).to(target)
     if FAKE_QUANT in wanted:
         results.append(ModelResult(name=FAKE_QUANT, perplexity=torch_perplexity(decoder, windows, FAKE_QUANT)))
+        if task is not None:
+            share = None if teacher is None else task.agreement(decoder, teacher.greedy)
+            written += measured(FAKE_QUANT, task.write(decoder), share)
     if RCP in wanted:
         assert rcp is not None
         runtime = Runtime(rcp)
@@ -279,6 +306,7 @@ def evaluate(
         tokens=sum(len(tokens) - 1 for tokens in windows),
         models=results,
         agreement=differences,
+        generations=None if task is None else task.generations(written),
     )
 
 
@@ -300,9 +328,36 @@ def render(evaluation: Evaluation, console: Console) -> None:
         for name, found in evaluation.agreement.items():
             table.add_row(name, f"{found.top1_agreement:.4%}", f"{found.mean_kl:.3e}")
         console.print(table)
+    if evaluation.generations is not None:
+        console.print(generation_table(evaluation.generations))
 
 
-def _device(name: str) -> torch.device:
+def generation_table(found: Generations) -> Table:
+    """How repetitive each model's continuations are, and how far they follow the original's."""
+    table = Table(
+        title=f"{found.prompts} prompts of {found.prompt_tokens} tokens, continued by {found.tokens}; "
+        f"sampled at temperature {found.temperature}",
+        title_justify="left",
+        caption=GENERATION_CAPTION,
+        caption_justify="left",
+    )
+    headings = ("model", "decoding", *GENERATION_HEADINGS)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right")
+    for result in found.results:
+        table.add_row(result.name, result.decoding, *generation_figures(result))
+    return table
+
+
+def generation_figures(result: GenerationResult) -> list[str]:
+    """The cells of a table under GENERATION_HEADINGS."""
+    r, share = result.repetition, result.teacher_agreement
+    distinct = " ".join(f"{100 * value:.1f}" for value in r.distinct)
+    return [distinct, f"{r.rate:.1%}", f"{r.longest_repeat:.1f}", "" if share is None else f"{share:.1%}"]
+
+
+def pick_device(name: str) -> torch.device:
+    """ "cpu", "cuda", or "auto": cuda where there is one. Raises EvaluationFailed."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise EvaluationFailed("device cuda: torch finds no CUDA device here; use --device cpu")
@@ -317,6 +372,7 @@ class _Quantized:
     provenance: Mapping[str, Any]
     architecture: Architecture
     quantization: Quantization
+    tokenizer: TokenizerInfo
     tokenizer_json: bytes
     tensor: Callable[[str], NDArray[Any]]
 
@@ -331,6 +387,7 @@ class _Quantized:
                 provenance=file.metadata.provenance,
                 architecture=file.architecture,
                 quantization=file.quantization,
+                tokenizer=file.metadata.tokenizer,
                 tokenizer_json=file.tokenizer_json(),
                 tensor=file.tensor,
             )
@@ -341,6 +398,7 @@ class _Quantized:
                 provenance=run.provenance,
                 architecture=run.architecture,
                 quantization=run.quantization,
+                tokenizer=run.tokenizer,
                 tokenizer_json=run.tokenizer_json,
                 tensor=run.tensor,
             )

@@ -36,6 +36,10 @@ def _require_writable(path: Path) -> None:
 @click.option("--max-tokens", type=click.IntRange(2), help="Use this much of the text. Default: all.")
 @click.option("--skip", type=click.Choice(_MODELS), multiple=True, help="Leave out a model; may be repeated.")
 @click.option("--agreement", is_flag=True, help="Compare the runtime's predictions with torch's, token by token.")
+@click.option("--generations", type=click.IntRange(1), help="Continue N prompts with the torch models.", metavar="N")
+@click.option(
+    "--generation-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of a continuation."
+)
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True, help="Of the torch models.")
 @click.option("--json", "json_file", type=FILE, help="Write the results to a file too.", metavar="FILE")
 def eval_command(
@@ -47,12 +51,15 @@ def eval_command(
     max_tokens: int | None,
     skip: tuple[str, ...],
     agreement: bool,
+    generations: int | None,
+    generation_tokens: int,
     device: str,
     json_file: Path | None,
 ) -> None:
     """Perplexity of the original, of the trained run, and of the .rcp file in the runtime.
 
     All on the same text, in windows without overlap; the first token of each window is not scored.
+    With --generations, also how repetitive the torch models' texts are, and how far they agree.
     """
     import dataclasses
     import json
@@ -80,6 +87,8 @@ def eval_command(
         max_tokens=max_tokens,
         skip=skip,
         compare=agreement,
+        generations=generations or 0,
+        generation_tokens=generation_tokens,
         device=device,
     )
     render(result, Console())
