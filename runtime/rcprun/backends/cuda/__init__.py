@@ -13,7 +13,7 @@ OLDEST = 80
 def why_unavailable() -> str | None:
     """Why this backend cannot run here, with the remedy; None when it can."""
     try:
-        import cuda.bindings.driver
+        import cuda.bindings.nvrtc  # noqa: F401
         import cupy
         import cupy_backends.cuda.libs.cublas  # noqa: F401
 
