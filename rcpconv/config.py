@@ -345,6 +345,10 @@ def normalise_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
+        if name not in OPTIONS and isinstance(value, Mapping):
+            raise BadOption(
+                f"{where}: [{key}] is a table, but settings stand at the top level; remove the line [{key}]"
+            )
         if name not in OPTIONS:
             nearest = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0)
             raise BadOption(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")

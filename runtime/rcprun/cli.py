@@ -46,7 +46,10 @@ class _Run(click.Command):
         return super().make_context(parent.info_name if parent else info_name, args, **extra)
 
 
-@click.group(cls=_RunUnlessNamed)
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_RunUnlessNamed, context_settings=_SETTINGS)
 def main() -> None:
     """Run `.rcp` models."""
 
@@ -81,7 +84,7 @@ def _integers(low: int) -> dict[str, Any]:
     return {"callback": parse, "metavar": "N,..."}
 
 
-@main.command(cls=_Run, epilog=EXIT_CODES)
+@main.command(cls=_Run, epilog=EXIT_CODES, context_settings=_SETTINGS)
 @_model_options
 @_context_option
 @click.option("-p", "--prompt", help="The prompt; with --chat, one message of the user's.")
@@ -97,6 +100,7 @@ def _integers(low: int) -> dict[str, Any]:
 @click.option("--seed", type=int, help="Makes sampling reproducible.  [default: random]")
 @click.option("--stop", multiple=True, help="End before this text; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text as it comes.")
+@click.version_option(package_name="rcpconv", prog_name="rcp-run")
 def run(
     model: str,
     context: int | None,
@@ -179,7 +183,7 @@ def score(
         from rcprun.score import score_file
 
         loaded = load(model, backend=backend, context=context, verify=verify)
-        score_file(loaded.backend, loaded.file.architecture.vocab_size, tokens_file, out, top1, logits, force)
+        score_file(loaded.backend, loaded.file.architecture, tokens_file, out, top1, logits, force)
 
 
 @main.command(epilog=EXIT_CODES)

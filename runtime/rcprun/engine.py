@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from rcpformat.architecture import Architecture
 from rcpformat.errors import brief
 from rcprun.backends import Backend, SamplingBackend
 from rcprun.errors import BadRequest, ContextOverflow
@@ -64,8 +65,11 @@ class GenerationResult:
     timings: Timings
 
 
-def check_tokens(tokens: Sequence[int], vocab_size: int, context: int) -> list[int]:
+def check_tokens(tokens: Sequence[int], architecture: Architecture, context: int) -> list[int]:
     """The tokens as plain ints. Raises BadRequest when there are none or an id is out of range, ContextOverflow."""
+    vocab_size, longest = architecture.vocab_size, architecture.max_position_embeddings
+    if not isinstance(tokens, Sequence | np.ndarray):
+        raise BadRequest(f"expected a list of token ids, found {brief(tokens)}")
     if len(tokens) == 0:
         raise BadRequest("the prompt is empty; give some text")
     out = []
@@ -74,7 +78,11 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, context: int) -> list[i
             raise BadRequest(f"token {place}: expected an id from 0 to {vocab_size - 1}, found {brief(token)}")
         out.append(int(token))
     if len(out) > context:
-        raise ContextOverflow(f"{len(out)} tokens do not fit into the context of {context}; shorten them, or --context")
+        of_model = context >= longest
+        remedy = (
+            "the model's longest; shorten them" if of_model else f"of at most {longest}; shorten them, or --context"
+        )
+        raise ContextOverflow(f"{len(out)} tokens do not fit into the context of {context}, {remedy}")
     return out
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict, Unpack
 
-from rcpformat.errors import FormatError, UnreadableFile
+import numpy as np
+
+from rcpformat.errors import FormatError, UnreadableFile, brief
 from rcpformat.reader import RcpFile
 from rcprun import backends, hub
 from rcprun.chat import ChatRenderer, Message, require_template
@@ -81,9 +83,11 @@ class Model:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The checked token ids of a plain prompt. Raises BadRequest or ContextOverflow."""
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise BadRequest(f"prompt: expected text or a list of token ids, found {brief(prompt)}")
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt) if prompt else []
-        return check_tokens(prompt, self.file.architecture.vocab_size, self.context)
+        return check_tokens(prompt, self.file.architecture, self.context)
 
     def stream(
         self,
@@ -138,7 +142,7 @@ class Model:
             eos_token=self.tokenizer.token(info.eos_ids[0] if info.eos_ids else None),
         ) as renderer:
             text = renderer.render(messages)
-        return check_tokens(self.tokenizer.encode_raw(text), self.file.architecture.vocab_size, self.context)
+        return check_tokens(self.tokenizer.encode_raw(text), self.file.architecture, self.context)
 
     def conversation(self, system: str | None = None) -> Conversation:
         """A chat of several turns that computes only what is new in each. Raises ChatTemplateError without template."""
@@ -147,7 +151,7 @@ class Model:
 
     def score(self, tokens: Sequence[int]) -> SequenceScore:
         """The log-likelihood of each token but the first, given those before it. Raises BadRequest, ContextOverflow."""
-        checked = check_tokens(tokens, self.file.architecture.vocab_size, self.context)
+        checked = check_tokens(tokens, self.file.architecture, self.context)
         self._end_running()
         return score_sequence(self.backend, checked)
 
@@ -160,10 +164,7 @@ class Model:
         *,
         reuse_cache: bool,
     ) -> Generation:
-        try:
-            options = SamplingOptions.with_defaults(self.file.metadata.generation, **sampling)
-        except TypeError as error:
-            raise BadRequest(f"sampling options: {error}") from None
+        options = SamplingOptions.with_defaults(self.file.metadata.generation, **sampling)
         held = self._running.tokens[: self.backend.length] if self._running and reuse_cache else []
         self._end_running()
         cached = _common_prefix(held, prompt[:-1])

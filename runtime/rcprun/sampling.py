@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -58,7 +58,13 @@ class SamplingOptions:
 
     @classmethod
     def with_defaults(cls, defaults: Mapping[str, Any], **chosen: Any) -> Self:
-        """The chosen values that are not None, else the model's defaults (`rcp.generation`), else the class's."""
+        """The chosen values that are not None, else the model's defaults (`rcp.generation`), else the class's.
+
+        Raises BadRequest for a name that is no field.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(chosen.keys() - set(names)):
+            raise BadRequest(f"{unknown[0]}: no sampling option has this name; there are {', '.join(names)}")
         values = {name: value for name, value in defaults.items() if name in GENERATION_LIMITS}
         return cls(**(values | {name: value for name, value in chosen.items() if value is not None}))
 

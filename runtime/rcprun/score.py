@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rcpformat.architecture import Architecture
 from rcprun.backends import Backend
 from rcprun.engine import check_tokens
 from rcprun.errors import BadRequest, ContextOverflow
@@ -64,7 +65,7 @@ def score_sequence(
     return SequenceScore(token_logprobs=token_logprobs, top1=top1)
 
 
-def read_sequences(lines: Iterable[bytes], vocab_size: int, context: int) -> list[list[int]]:
+def read_sequences(lines: Iterable[bytes], architecture: Architecture, context: int) -> list[list[int]]:
     """The sequences in JSON lines, each a list of token ids or an object with one under "tokens"; blank lines are none.
 
     Raises BadRequest or ContextOverflow, naming the line.
@@ -78,7 +79,7 @@ def read_sequences(lines: Iterable[bytes], vocab_size: int, context: int) -> lis
             tokens = value.get("tokens") if isinstance(value, dict) else value
             if not isinstance(tokens, list):
                 raise BadRequest('expected a list of token ids, or an object with one under "tokens"')
-            sequences.append(check_tokens(tokens, vocab_size, context))
+            sequences.append(check_tokens(tokens, architecture, context))
         except (BadRequest, ContextOverflow) as error:
             raise type(error)(f"line {number}: {error}") from error
         except RecursionError as error:
@@ -90,7 +91,7 @@ def read_sequences(lines: Iterable[bytes], vocab_size: int, context: int) -> lis
 
 def score_file(
     backend: Backend,
-    vocab_size: int,
+    architecture: Architecture,
     lines: Iterable[bytes],
     out: Path | None,
     top1: bool,
@@ -102,11 +103,11 @@ def score_file(
     out: a file, or standard output. logits: a .npy file for the float32 logits after every token, sequence after
     sequence. Existing files are overwritten only with force. Raises BadRequest, ContextOverflow or InputOutputError.
     """
-    sequences = read_sequences(lines, vocab_size, backend.context)
+    sequences = read_sequences(lines, architecture, backend.context)
     with ExitStack() as stack:
         rows_NV = None
         if logits is not None:
-            shape = (sum(map(len, sequences)), vocab_size)
+            shape = (sum(map(len, sequences)), architecture.vocab_size)
             temporary = stack.enter_context(replacing(logits, force=force))
             rows_NV = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         sink = sys.stdout

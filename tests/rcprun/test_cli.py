@@ -219,6 +219,12 @@ def test_help_names_the_exit_codes() -> None:
         text = run(*arguments).stdout
         assert all(f"  {code}  " in text for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 130))
     assert "Usage: main [OPTIONS] MODEL" in run("--help").stdout
+    for command in ([], ["score"], ["bench"]):
+        assert run(*command, "-h").stdout == run(*command, "--help").stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("rcp-run, version ")
 
 
 def test_exit_codes_are_those_of_the_readme() -> None:

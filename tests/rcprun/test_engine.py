@@ -1,5 +1,6 @@
 """The generation loop, on a scripted backend and on a real one."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +12,10 @@ from rcprun.errors import BadRequest, ContextOverflow
 from rcprun.model import Model
 from rcprun.sampling import Sampler, SamplingOptions
 from rcprun.tokenizer import Tokenizer
+from tiny_rcp import TINY
 
 GREEDY = {"temperature": 0.0}
+ARCHITECTURE = replace(TINY, vocab_size=BYTE_VOCABULARY, max_position_embeddings=20)
 
 
 def start(
@@ -95,11 +98,28 @@ def test_max_tokens_must_be_positive(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("bad", [-1, 259, 1.0, True, "1", None])
 def test_token_ids_are_checked(bad: object) -> None:
     with pytest.raises(BadRequest, match="token 1: expected an id from 0 to 258"):
-        check_tokens([0, bad], 259, 10)  # type: ignore[list-item]
+        check_tokens([0, bad], ARCHITECTURE, 10)  # type: ignore[list-item]
 
 
 def test_numpy_ids_are_ids() -> None:
-    assert check_tokens(np.array([3, 4]), 259, 10) == [3, 4]  # type: ignore[arg-type]
+    assert check_tokens(np.array([3, 4]), ARCHITECTURE, 10) == [3, 4]  # type: ignore[arg-type]
+
+
+def test_a_larger_context_is_advised_where_the_model_has_one() -> None:
+    with pytest.raises(ContextOverflow, match=r"context of 10, of at most 20; shorten them, or --context$"):
+        check_tokens([0] * 11, ARCHITECTURE, 10)
+    with pytest.raises(ContextOverflow, match=r"context of 20, the model's longest; shorten them$"):
+        check_tokens([0] * 21, ARCHITECTURE, 20)
+
+
+def test_what_is_no_prompt_or_no_option_is_refused(model: Model) -> None:
+    for prompt in (None, 5, {"a": 1}):
+        with pytest.raises(BadRequest, match=r"prompt: expected text or a list of token ids, found"):
+            model.generate(prompt)
+    with pytest.raises(BadRequest, match=r"expected a list of token ids, found None"):
+        model.score(None)
+    with pytest.raises(BadRequest, match=r"temprature: no sampling option has this name; there are temperature, top_k"):
+        model.generate("a", temprature=0.5)
 
 
 def test_context_overflow_and_empty_prompt(model: Model) -> None:

@@ -77,6 +77,13 @@ def test_toml_round_trip() -> None:
     assert QuantizeConfig.from_mapping(tomllib.loads(plain.to_toml()), "x") == plain
 
 
+def test_a_table_in_a_recipe_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "m"\n[train]\nlr = 1e-5\n')
+    with pytest.raises(BadOption, match=r"r\.toml: \[train\] is a table, but settings stand at the top level; remove"):
+        build_config(None, recipe, {})
+
+
 def test_unknown_keys_are_refused_with_the_nearest_known_name(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('model = "m"\nlearning_rate = 1e-5\n')
