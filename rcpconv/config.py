@@ -20,7 +20,9 @@ from typing import Any
 
 from rcpconv.errors import BadOption
 
-METHODS = ("ldp",)
+METHODS = ("ldp", "ldp-udq", "lc", "uniform", "seq", "r2q", "rtn")
+UNTRAINED = ("rtn",)
+"""Methods without training."""
 TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -119,7 +121,13 @@ class QuantizeConfig:
         None, optional=True, group=RUN, help="Branch, tag or commit of a Hub model. Default: main."
     )
 
-    method: str = _option("ldp", choices=METHODS, group=FORM, help="2-bit weight quantizer.")
+    method: str = _option(
+        "ldp",
+        choices=METHODS,
+        group=FORM,
+        help="2-bit weight quantizer. ldp: RCP's learned levels (ldp-udq: uniform dequantization; lc: learned clip "
+        "alone); uniform: BitDistiller; seq: ParetoQ; r2q: two 1-bit stages; rtn: round to nearest, no training.",
+    )
     group_size: int = _option(128, type=int, choices=(64, 128), group=FORM, help="Weights that share four levels.")
     a_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the activations.")
     kv_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the KV cache.")
@@ -163,7 +171,12 @@ class QuantizeConfig:
         help="Tokens to train on, such as 20M; texts are repeated as often as needed. Default: 20M.",
     )
     steps: int | None = _option(
-        None, type=int, low=1, optional=True, group=DATA, help="Optimizer steps to train for, instead of --tokens."
+        None,
+        type=int,
+        low=0,
+        optional=True,
+        group=DATA,
+        help="Optimizer steps to train for, instead of --tokens; 0 for no training.",
     )
     seq_len: int | None = _option(
         None,

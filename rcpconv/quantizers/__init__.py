@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from rcpconv.quantizers.base import WeightCodes, WeightQuantizer
-from rcpconv.quantizers.ldp import LDPQuantizer
+from rcpconv.quantizers.ldp import LDPQuantizer, LDPUniformQuantizer, LearnedClipQuantizer
+from rcpconv.quantizers.r2q import R2QQuantizer
+from rcpconv.quantizers.seq import SEQQuantizer
+from rcpconv.quantizers.uniform import BitDistillerQuantizer, RoundToNearestQuantizer
 
-METHODS = {"ldp": LDPQuantizer}
+METHODS: dict[str, type[WeightQuantizer]] = {
+    "ldp": LDPQuantizer,
+    "ldp-udq": LDPUniformQuantizer,
+    "lc": LearnedClipQuantizer,
+    "uniform": BitDistillerQuantizer,
+    "seq": SEQQuantizer,
+    "r2q": R2QQuantizer,
+    "rtn": RoundToNearestQuantizer,
+}
 """Every value that `--method` takes."""
 
 

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rcpconv.quantizers.functional import round_ste
 from rcpformat import spec
+
+SMALLEST_SPAN = 1e-8
+"""A group's outer levels are no nearer than this, so that constant and zero groups have levels too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +42,64 @@ class WeightCodes:
 
 
 class WeightQuantizer(nn.Module):
-    """Turns a float weight (N, K) into integer-valued weights and a row scale, in training and when baking alike."""
+    """Turns a float weight (N, K) into integer-valued weights and a row scale, in training and when baking alike.
 
-    group_size: int
+    A method says where the four levels of each group are (`levels`), which of them a weight takes (`codes`), and how
+    gradients pass that choice (`select`).
+    """
+
+    def __init__(self, rows: int, columns: int, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
 
     def initialise(self, weight_NK: Tensor, importance_K: Tensor | None = None) -> None:
-        """Set the quantizer's parameters from a weight. importance: weight of each input channel, None = all equal."""
+        """Set the quantizer's parameters from a weight, which may be clipped in place.
+
+        importance: weight of each input channel, such as the diagonal of the input second moment; None = all equal.
+        """
         raise NotImplementedError
+
+    def levels(self, grouped_NGg: Tensor) -> Tensor:
+        """(N, G, 4) float levels before rounding, not decreasing, differentiable."""
+        raise NotImplementedError
+
+    def scale(self, levels_NG4: Tensor) -> Tensor:
+        """(N,) float32, above 0, without a gradient: what the levels are rounded to multiples of."""
+        return row_scale(levels_NG4)
+
+    def codes(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+        """(N, G, g) uint8: which of the float levels each weight takes."""
+        raise NotImplementedError
+
+    def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
+        """(N, G, g): rounded_NG4 at `codes`, differentiable."""
+        raise NotImplementedError
+
+    def _rounded(self, levels_NG4: Tensor) -> tuple[Tensor, Tensor]:
+        scale_N = self.scale(levels_NG4)
+        rounded_NG4 = round_ste(levels_NG4 / scale_N[:, None, None]).clamp(-spec.LEVEL_LIMIT, spec.LEVEL_LIMIT)
+        return rounded_NG4, scale_N
 
     def forward(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Integer-valued float weights (N, K), differentiable, and the row scale (N,) float32, which is not."""
-        raise NotImplementedError
+        grouped_NGg = to_groups(weight_NK, self.group_size)
+        levels_NG4 = self.levels(grouped_NGg)
+        rounded_NG4, scale_N = self._rounded(levels_NG4)
+        integers_NGg = self.select(grouped_NGg, levels_NG4, rounded_NG4, scale_N)
+        return from_groups(integers_NGg, weight_NK.shape[1]), scale_N
 
+    @torch.no_grad()
     def bake(self, weight_NK: Tensor) -> WeightCodes:
         """The codes, levels and scale of exactly the weights that `forward` gives."""
-        raise NotImplementedError
+        grouped_NGg = to_groups(weight_NK, self.group_size)
+        levels_NG4 = self.levels(grouped_NGg)
+        rounded_NG4, scale_N = self._rounded(levels_NG4)
+        return WeightCodes(
+            codes_NK=from_groups(self.codes(grouped_NGg, levels_NG4), weight_NK.shape[1]).contiguous(),
+            levels_NG4=rounded_NG4.to(torch.int8),
+            scale_N=scale_N,
+            group_size=self.group_size,
+        )
 
 
 def to_groups(weight_NK: Tensor, group_size: int) -> Tensor:
@@ -68,10 +115,15 @@ def from_groups(grouped_NGg: Tensor, k: int) -> Tensor:
     return grouped_NGg.flatten(1)[:, :k]
 
 
-def group_mask(k: int, group_size: int, device: torch.device) -> Tensor:
-    """(G, g) bool: True where a weight is real, False where to_groups filled up."""
-    groups = spec.ceil_div(k, group_size)
-    return (torch.arange(groups * group_size, device=device) < k).reshape(groups, group_size)
+def channel_weights(k: int, group_size: int, importance_K: Tensor | None, device: torch.device) -> Tensor:
+    """(G, g) float32: how much each input channel counts, 0 where to_groups filled up. importance: None = all equal."""
+    importance = torch.ones(k, device=device) if importance_K is None else importance_K.float()
+    return to_groups(importance[None], group_size)[0]
+
+
+def extremes(grouped_NGg: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, G) each: the smallest weight, at most 0, and the largest, at least 0; so fill counts for nothing."""
+    return grouped_NGg.amin(-1).clamp(max=0), grouped_NGg.amax(-1).clamp(min=0)
 
 
 def row_scale(levels_NG4: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""How a weight takes one of its group's four levels, and where the gradients go; levels that fit given weights best.
+
+`NearestLevel` is for levels anywhere, `EvenLevels` for equal steps. Knows nothing of what the levels depend on.
+
+Shape suffixes: N out-features, K in-features, G groups along K, g weights of one group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcpconv.quantizers.base import WeightQuantizer
+from rcpformat import spec
+
+LAST = spec.LEVELS_PER_GROUP - 1
+"""The highest code, and the number of steps from the lowest level to the highest."""
+GAUSSIAN_LEVELS = (-1.510, -0.4528, 0.4528, 1.510)
+"""Lloyd-Max levels of a unit Gaussian for 2 bits (Max, 1960)."""
+LLOYD_MAX_STEPS = 25
+
+_CODE_BITS = 3
+_INSIDE = 4
+
+
+def sums_by_code(values_NGg: Tensor, code_NGg: Tensor) -> Tensor:
+    """(N, G, 4): the sum of the values that go with each code."""
+    return torch.stack([torch.where(code_NGg == c, values_NGg, 0.0).sum(-1) for c in range(4)], dim=-1)
+
+
+class _SelectLevels(torch.autograd.Function):
+    """out = rounded level[code], with code the level nearest to the weight.
+
+    Gradients: for the levels exact (each gets the sum over its weights); for the weight straight through where it
+    lies between the outer levels, divided by the row scale, since the output is in units of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_NGg: Tensor, rounded_NG4: Tensor, levels_NG4: Tensor, scale_N: Tensor) -> Tensor:
+        code = assign(weight_NGg, levels_NG4)
+        inside = (weight_NGg >= levels_NG4[..., :1]) & (weight_NGg <= levels_NG4[..., 3:])
+        ctx.save_for_backward(code + inside.to(torch.uint8) * _INSIDE, scale_N)
+        return torch.gather(rounded_NG4, 2, code.long())
+
+    @staticmethod
+    def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scale_N = ctx.saved_tensors
+        grad_weight = torch.where(packed >= _INSIDE, grad_NGg, 0.0) / scale_N[:, None, None]
+        return grad_weight, sums_by_code(grad_NGg, packed & _CODE_BITS), None, None
+
+
+def assign(weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+    """The code (uint8) of the level nearest to each weight; the lower one at a tie. levels: float, not decreasing."""
+    middle_NG3 = (levels_NG4[..., 1:] + levels_NG4[..., :-1]) * 0.5
+    code = (weight_NGg > middle_NG3[..., 0:1]).to(torch.uint8)
+    code += weight_NGg > middle_NG3[..., 1:2]
+    code += weight_NGg > middle_NG3[..., 2:3]
+    return code
+
+
+class NearestLevel(WeightQuantizer):
+    """Four levels anywhere; a weight takes the nearest.
+
+    Gradients: exact for the levels, straight through for the weights between the outer two.
+    """
+
+    def codes(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        return assign(grouped_NGg, levels_NG4)
+
+    def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4.detach(), scale_N)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _RoundPosition(torch.autograd.Function):
+    """out = rounded level[round(position)]; the position's gradient passes the rounding straight, times the step."""
+
+    @staticmethod
+    def forward(ctx: Any, position_NGg: Tensor, rounded_NG4: Tensor, step_NG1: Tensor) -> Tensor:
+        code = nearest_code(position_NGg)
+        ctx.save_for_backward(code, step_NG1)
+        return torch.gather(rounded_NG4, 2, code.long())
+
+    @staticmethod
+    def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:
+        code, step_NG1 = ctx.saved_tensors
+        return grad_NGg * step_NG1, sums_by_code(grad_NGg, code), None
+
+
+def nearest_code(position_NGg: Tensor) -> Tensor:
+    """The code (uint8) nearest to a position in steps above the lowest level; the even one at a tie."""
+    return position_NGg.round().clamp(0, LAST).to(torch.uint8)
+
+
+def steps(levels_NG4: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, G, 1) each: the lowest of evenly spaced levels, and the step between neighbours."""
+    low_NG1 = levels_NG4[..., :1]
+    return low_NG1, (levels_NG4[..., LAST:] - low_NG1) / LAST
+
+
+class EvenLevels(WeightQuantizer):
+    """Four levels with equal steps; a weight is rounded to the nearest.
+
+    Gradients: those of low + step · round((W - low) / step) with the rounding taken for the identity (LSQ, arXiv
+    1902.08153), for the weight and for what low and step depend on.
+    """
+
+    REACH = 0.0
+    """How far beyond the outer levels, in steps, a weight still has a gradient."""
+
+    def position(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+        """(N, G, g): steps above the lowest level, differentiable; rounded, it is the code."""
+        low_NG1, step_NG1 = steps(levels_NG4)
+        return ((grouped_NGg - low_NG1) / step_NG1).clamp(-self.REACH, LAST + self.REACH)
+
+    def codes(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        return nearest_code(self.position(grouped_NGg, levels_NG4))
+
+    def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        position_NGg = self.position(grouped_NGg, levels_NG4)
+        step_NG1 = steps(levels_NG4.detach())[1] / scale_N[:, None, None]
+        return _RoundPosition.apply(position_NGg, rounded_NG4, step_NG1)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _gaussian_levels(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
+    """(N, G, 4): the best levels for a Gaussian with each group's mean and deviation."""
+    total = counts_Gg.sum(-1, keepdim=True).clamp(min=1e-30)
+    mean = (weight_NGg * counts_Gg).sum(-1, keepdim=True) / total
+    deviation = (((weight_NGg - mean) ** 2 * counts_Gg).sum(-1, keepdim=True) / total).sqrt()
+    return mean + deviation * torch.tensor(GAUSSIAN_LEVELS, dtype=weight_NGg.dtype, device=weight_NGg.device)
+
+
+def lloyd_max(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
+    """Levels (N, G, 4) that minimise the squared error of each group, by Lloyd's iteration.
+
+    counts: how much each channel's error counts, as base.channel_weights gives it.
+    """
+    levels_NG4 = _gaussian_levels(weight_NGg, counts_Gg)
+    for _ in range(LLOYD_MAX_STEPS):
+        code = assign(weight_NGg, levels_NG4)
+        mass_NG4 = sums_by_code(counts_Gg, code)
+        centre_NG4 = sums_by_code(weight_NGg * counts_Gg, code) / mass_NG4.clamp(min=1e-30)
+        levels_NG4 = torch.where(mass_NG4 > 0, centre_NG4, levels_NG4).sort(dim=-1).values
+    return levels_NG4
+
+
+def fit_even_levels(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
+    """As lloyd_max, for levels with equal steps: by turns the nearest codes, and the line through weights by code."""
+    levels_NG4 = _gaussian_levels(weight_NGg, counts_Gg)
+    low_NG1, step_NG1 = steps(levels_NG4)
+    code_4 = torch.arange(4, device=weight_NGg.device, dtype=weight_NGg.dtype)
+    for _ in range(LLOYD_MAX_STEPS):
+        code = nearest_code((weight_NGg - low_NG1) / step_NG1.clamp(min=1e-30))
+        mass_NG4, sum_NG4 = sums_by_code(counts_Gg, code), sums_by_code(weight_NGg * counts_Gg, code)
+        total = mass_NG4.sum(-1, keepdim=True).clamp(min=1e-30)
+        mean_code = (mass_NG4 * code_4).sum(-1, keepdim=True) / total
+        spread = (mass_NG4 * (code_4 - mean_code) ** 2).sum(-1, keepdim=True)
+        slope = (sum_NG4 * (code_4 - mean_code)).sum(-1, keepdim=True) / spread.clamp(min=1e-30)
+        fits = spread > 0  # more than one code is in use
+        step_NG1 = torch.where(fits, slope, step_NG1)
+        low_NG1 = torch.where(fits, sum_NG4.sum(-1, keepdim=True) / total - slope * mean_code, low_NG1)
+    return low_NG1 + step_NG1 * code_4
