@@ -1,8 +1,9 @@
 """Measures the 2-bit linear layers of one token on the GPU, all layers of a model in one CUDA graph.
 
-    python examples/benchmarks/bench_linear.py --shape llama-2-7b --batch 1 --batch 8 --json linear.json
+    python examples/benchmarks/bench_linear.py --shape llama-2-7b --batch 1 --batch 8 --peers --json linear.json
 
-Weights are random and larger than any cache. "linear": codes in, floats out. "fused": with the normalization,
+--peers measures float16 by cuBLAS, torch's int4 and GemLite in the same run (peers.py). --json also saves a picture of the
+bandwidth reached beside it. Weights are random and larger than any cache. "linear": codes in, floats out. "fused": with the normalization,
 quantization, residual sum and SwiGLU that decoding fuses into them.
 """
 
@@ -27,7 +28,14 @@ from rcpformat.architecture import Architecture  # noqa: E402
 from rcprun.backends.cuda import linear as ops  # noqa: E402
 from rcprun.backends.cuda.bandwidth import read_bandwidth  # noqa: E402
 
-SHAPES = {"llama-2-7b": shapes.LLAMA_2_7B, "llama-3-8b": shapes.LLAMA_3_8B, "wiki-llama-22m": shapes.WIKI_22M}
+SHAPES = {
+    "llama-2-7b": shapes.LLAMA_2_7B,
+    "llama-2-13b": shapes.LLAMA_2_13B,
+    "llama-3-8b": shapes.LLAMA_3_8B,
+    "llama-3.2-1b": shapes.LLAMA_32_1B,
+    "llama-3.2-3b": shapes.LLAMA_32_3B,
+    "wiki-llama-22m": shapes.WIKI_22M,
+}
 
 
 def random_linear(rows: tuple[int, ...], columns: int, interleave: bool = False) -> ops.UnitLinear:
@@ -114,12 +122,53 @@ class Model:
         return launch
 
 
+def measure_peers(a: Architecture, batches: tuple[int, ...], report: Callable[[str, int, float, int], None]) -> None:
+    """The same layers by others, q, k and v and gate and up joined as ours are."""
+    import peers
+
+    heads, kv, hidden = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, a.hidden_size
+    layer = [
+        (heads + 2 * kv, hidden),
+        (hidden, heads),
+        (2 * a.intermediate_size, hidden),
+        (hidden, a.intermediate_size),
+    ]
+    weights = a.num_layers * sum(n * k for n, k in layer)
+    bits = {"torch float16": 16.0, "torch int4": 4.25, "GemLite 4-bit": 4.25, "GemLite 2-bit": 2.25}
+    for name, make in peers.PEERS.items():
+        for batch in batches:
+            try:
+                seconds = peers.graph_seconds(make, layer, a.num_layers, batch)
+            except (ImportError, RuntimeError) as error:
+                click.echo(f"{name}: not measured: {str(error).splitlines()[0]}")
+                break
+            report(name, batch, seconds, int(weights * bits[name] / 8))
+
+
+def draw(path: Path, rows: list[dict[str, Any]], bandwidth: float) -> None:
+    """Bandwidth that each row reached, beside what the GPU can read."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
+    labels = [f"{row['shape']}, batch {row['batch']}: {row['what']}" for row in rows]
+    axes.barh(labels, [row["bytes"] / row["us"] / 1e6 for row in rows])
+    axes.axvline(bandwidth / 1e12, color="black", linestyle="--", label="read bandwidth, measured")
+    axes.invert_yaxis()
+    axes.set_xlabel("weights read, TB/s")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, default=["llama-2-7b"])
 @click.option("--batch", "batches", type=click.IntRange(1, 8), multiple=True, default=[1, 8])
 @click.option("--runs", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--peers", is_flag=True, help="Also measure other people's kernels; needs torch.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
-def main(names: tuple[str, ...], batches: tuple[int, ...], runs: int, json_path: Path | None) -> None:
+def main(names: tuple[str, ...], batches: tuple[int, ...], runs: int, peers: bool, json_path: Path | None) -> None:
     """Measure, print a table, and write it where asked."""
     bandwidth = read_bandwidth()
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
@@ -128,13 +177,24 @@ def main(names: tuple[str, ...], batches: tuple[int, ...], runs: int, json_path:
     for name in names:
         model = Model(SHAPES[name])
         limit = model.nbytes / bandwidth
+
+        def report(what: str, batch: int, seconds: float, nbytes: int) -> None:
+            row = {"shape": name, "batch": batch, "what": what, "us": seconds * 1e6, "limit_us": limit * 1e6}
+            rows.append(row | {"bytes": nbytes})
+            click.echo(
+                f"{name:16} batch {batch}  {what:14} {seconds * 1e6:9.1f} µs, {nbytes / seconds / 1e12:.2f} TB/s"
+            )
+
+        click.echo(f"{name:16} limit {limit * 1e6:.1f} µs")
         for batch in batches:
             for form in ("linear", "fused"):
                 seconds = graph_seconds(model.run(batch, form == "fused"), runs)
-                rows.append({"shape": name, "batch": batch, "what": form, "us": seconds * 1e6, "limit_us": limit * 1e6})
-                click.echo(f"{name:16} batch {batch}  {form:7} {seconds * 1e6:8.1f} µs  limit {limit * 1e6:.1f} µs")
+                report(form, batch, seconds, model.nbytes)
+        if peers:
+            measure_peers(SHAPES[name], batches, report)
     if json_path:
         json_path.write_text(json.dumps({"gpu": gpu, "read_bandwidth": bandwidth, "rows": rows}, indent=2) + "\n")
+        draw(json_path.with_suffix(".png"), rows, bandwidth)
 
 
 if __name__ == "__main__":
