@@ -7,10 +7,14 @@ from pathlib import Path
 
 import click
 
-from rcpconv.cli.options import FILE, find_run, run_options
+from rcpconv.cli.options import FILE, Value, find_run, run_options
+from rcpconv.config import DATA, Option
 from rcpformat.errors import OutputNotWritable
 
 _MODELS = ("original", "fake-quant", "rcp")
+_MAX_TOKENS = Option(
+    help="Use this much of the text, such as 20k. Default: all.", group=DATA, type=int, count=True, low=2
+)
 _DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -33,7 +37,7 @@ def _require_writable(path: Path) -> None:
 @click.option("--rcp", type=FILE, help="A .rcp file, evaluated in the runtime.", metavar="FILE")
 @click.option("--text", type=FILE, metavar="FILE", help="Default: WikiText-2 test, or demo's held-out text.")
 @click.option("--window", type=click.IntRange(2), help="Tokens of a window. Default: 1024, or the context if shorter.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Use this much of the text. Default: all.")
+@click.option("--max-tokens", type=Value("max_tokens", _MAX_TOKENS), help=_MAX_TOKENS.help)
 @click.option("--skip", type=click.Choice(_MODELS), multiple=True, help="Leave out a model; may be repeated.")
 @click.option("--agreement", is_flag=True, help="Compare the runtime's predictions with torch's, token by token.")
 @click.option("--generations", type=click.IntRange(1), help="Continue N prompts with the torch models.", metavar="N")

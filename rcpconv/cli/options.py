@@ -8,12 +8,39 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rcpconv.config import Option
+from rcpconv.errors import BadOption
+
 if TYPE_CHECKING:
     from rcpconv.runs import Run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Value(click.ParamType):  # type: ignore[type-arg]
+    """A value of an Option, checked as in a recipe."""
+
+    def __init__(self, name: str, option: Option) -> None:
+        self.name, self.option = name, option
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The choices, or the kind of value."""
+        if self.option.choices:
+            return f"[{'|'.join(map(str, self.option.choices))}]"
+        return "COUNT" if self.option.count else {int: "N", float: "X", str: "TEXT"}[self.option.type]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The checked value; a failure ends in a usage error."""
+        try:
+            if isinstance(value, str) and not self.option.count:
+                value = self.option.type(value)
+            return self.option.check_one(self.name, value)
+        except BadOption as error:
+            self.fail(str(error).partition(": ")[2], param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is not {'an integer' if self.option.type is int else 'a number'}", param, ctx)
 
 
 def run_options(command: Command) -> Command:

@@ -9,34 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from rcpconv.cli.options import FILE, FOLDER
+from rcpconv.cli.options import FILE, FOLDER, Value
 from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
-from rcpconv.errors import BadOption
 
 _NEWEST = "newest"
 """What --resume means without a run (rcpconv.quantize.NEWEST)."""
-
-
-class _Value(click.ParamType):  # type: ignore[type-arg]
-    """A value of an Option, checked as in a recipe."""
-
-    def __init__(self, name: str, option: Option) -> None:
-        self.name, self.option = name, option
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        if self.option.choices:
-            return f"[{'|'.join(map(str, self.option.choices))}]"
-        return "COUNT" if self.option.count else {int: "N", float: "X", str: "TEXT"}[self.option.type]
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            if isinstance(value, str) and not self.option.count:
-                value = self.option.type(value)
-            return self.option.check_one(self.name, value)
-        except BadOption as error:
-            self.fail(str(error).partition(": ")[2], param, ctx)
-        except ValueError:
-            self.fail(f"{value!r} is not {'an integer' if self.option.type is int else 'a number'}", param, ctx)
 
 
 class _GroupedHelp(click.Command):
@@ -63,7 +40,7 @@ def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
         shown = " ".join(map(str, default)) if option.many == 2 else default
         text += f" Default: {shown}."
     many = {0: {"multiple": True}, 1: {}}.get(option.many, {"nargs": option.many})
-    return click.option(f"--{spelled}", type=_Value(name, option), help=text, **many)
+    return click.option(f"--{spelled}", type=Value(name, option), help=text, **many)
 
 
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,6 +117,8 @@ def test_eval_prints_one_table_and_writes_json(finished: Run, work_folder: Path)
     result = run("eval", "--rcp", "model.rcp", "--text", "text.txt", "--max-tokens", "100")
     assert result.exit_code == 0, result.output
     assert "fake-quant" not in result.output
+    result = run("eval", "--rcp", "model.rcp", "--text", "text.txt", "--window", "50", "--max-tokens", "0.1k")
+    assert "98 tokens scored" in result.output
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,7 @@ def test_eval_prints_one_table_and_writes_json(finished: Run, work_folder: Path)
         (["push", "absent.rcp", "user/repo"], 1, "absent.rcp: "),
         (["export", "--nonsense"], 2, "No such option"),
         (["eval", "--skip", "everything"], 2, "Invalid value"),
+        (["eval", "--max-tokens", "1"], 2, "expected at least 2"),
         (["verify"], 2, "Missing argument"),
     ],
 )
