@@ -2,9 +2,9 @@
 
     python examples/benchmarks/bench_linear.py --shape llama-2-7b --batch 1 --batch 8 --peers --json linear.json
 
---peers measures float16 by cuBLAS, torch's int4 and GemLite in the same run (peers.py). --json also saves a picture of the
-bandwidth reached beside it. Weights are random and larger than any cache. "linear": codes in, floats out. "fused": with the normalization,
-quantization, residual sum and SwiGLU that decoding fuses into them.
+--peers measures float16 by cuBLAS, torch's int4 and GemLite in the same run (peers.py). --json also saves a picture of
+the bandwidth reached beside it. Weights are random and larger than any cache. "linear": codes in, floats out. "fused":
+with the normalization, quantization, residual sum and SwiGLU that decoding fuses into them.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Model:
         return launch
 
 
-def measure_peers(a: Architecture, batches: tuple[int, ...], report: Callable[[str, int, float, int], None]) -> None:
-    """The same layers by others, q, k and v and gate and up joined as ours are."""
+def measure_peers(a: Architecture, batches: tuple[int, ...]) -> list[tuple[str, int, float, int]]:
+    """(name, batch, seconds, bytes) of the same layers by others; q, k, v and gate, up are joined as ours are."""
     import peers
 
     heads, kv, hidden = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, a.hidden_size
@@ -135,6 +135,7 @@ def measure_peers(a: Architecture, batches: tuple[int, ...], report: Callable[[s
     ]
     weights = a.num_layers * sum(n * k for n, k in layer)
     bits = {"torch float16": 16.0, "torch int4": 4.25, "GemLite 4-bit": 4.25, "GemLite 2-bit": 2.25}
+    rows = []
     for name, make in peers.PEERS.items():
         for batch in batches:
             try:
@@ -142,7 +143,8 @@ def measure_peers(a: Architecture, batches: tuple[int, ...], report: Callable[[s
             except (ImportError, RuntimeError) as error:
                 click.echo(f"{name}: not measured: {str(error).splitlines()[0]}")
                 break
-            report(name, batch, seconds, int(weights * bits[name] / 8))
+            rows.append((name, batch, seconds, int(weights * bits[name] / 8)))
+    return rows
 
 
 def draw(path: Path, rows: list[dict[str, Any]], bandwidth: float) -> None:
@@ -176,22 +178,20 @@ def main(names: tuple[str, ...], batches: tuple[int, ...], runs: int, peers: boo
     rows = []
     for name in names:
         model = Model(SHAPES[name])
-        limit = model.nbytes / bandwidth
-
-        def report(what: str, batch: int, seconds: float, nbytes: int) -> None:
-            row = {"shape": name, "batch": batch, "what": what, "us": seconds * 1e6, "limit_us": limit * 1e6}
-            rows.append(row | {"bytes": nbytes})
-            click.echo(
-                f"{name:16} batch {batch}  {what:14} {seconds * 1e6:9.1f} µs, {nbytes / seconds / 1e12:.2f} TB/s"
-            )
+        limit, found = model.nbytes / bandwidth, []
 
         click.echo(f"{name:16} limit {limit * 1e6:.1f} µs")
         for batch in batches:
             for form in ("linear", "fused"):
                 seconds = graph_seconds(model.run(batch, form == "fused"), runs)
-                report(form, batch, seconds, model.nbytes)
+                found.append((form, batch, seconds, model.nbytes))
         if peers:
-            measure_peers(SHAPES[name], batches, report)
+            found += measure_peers(SHAPES[name], batches)
+        for what, batch, seconds, nbytes in found:
+            row = {"shape": name, "batch": batch, "what": what, "us": seconds * 1e6, "limit_us": limit * 1e6}
+            rows.append(row | {"bytes": nbytes})
+            speed = nbytes / seconds / 1e12
+            click.echo(f"{name:16} batch {batch}  {what:14} {seconds * 1e6:9.1f} µs, {speed:.2f} TB/s")
     if json_path:
         json_path.write_text(json.dumps({"gpu": gpu, "read_bandwidth": bandwidth, "rows": rows}, indent=2) + "\n")
         draw(json_path.with_suffix(".png"), rows, bandwidth)

@@ -1,7 +1,7 @@
 """Other people's linear layers, for bench_linear.py: cuBLAS in float16, torch's int4, GemLite's 2 and 4 bits.
 
-Each peer makes a layer of random weights and gives a function of x (batch, in_features) on the GPU. Needs torch; GemLite
-where it can be imported. Knows nothing of models.
+Each peer makes a layer of random weights and gives a function of x (batch, in_features) on the GPU. Needs torch, and
+GemLite where it is to be measured. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PEERS: dict[str, Callable[[int, int], Linear]] = {
 
 
 def graph_seconds(make: Callable[[int, int], Linear], shapes: list[tuple[int, int]], layers: int, batch: int) -> float:
-    """Median time of one CUDA graph of `layers` times all shapes (n, k), over as many distinct weights as exceed any L2."""
+    """Median time of one CUDA graph of `layers` times all shapes (n, k), over weights that exceed any L2."""
     distinct = 8
     weights = [[make(n, k) for n, k in shapes] for _ in range(distinct)]
     inputs = [torch.randn(batch, k, device="cuda", dtype=torch.float16) for _, k in shapes]
