@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rcpconv.config import DEMO
 from rcpconv.errors import DownloadFailed, EvaluationFailed
+from rcpconv.hub_data import fetch
 from rcpconv.train.texts import demo_text
 
 
@@ -42,15 +43,10 @@ def wikitext2_test() -> Text:
 
     Raises DownloadFailed when the Hub cannot be reached and the text is not in its cache.
     """
-    from huggingface_hub import errors, hf_hub_download
-
     try:
-        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
-        with zipfile.ZipFile(archive) as content:
-            lines = io.StringIO(content.read("wikitext-2-raw/wiki.test.raw").decode()).readlines()
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP library's own
-        raise DownloadFailed(
-            "the default text (WikiText-2 test, dataset ggml-org/ci on the Hub) could not be fetched; "
-            "go online once, or name a text with --text FILE"
-        ) from error
+        archive = fetch("ggml-org/ci", "wikitext-2-raw-v1.zip")
+    except DownloadFailed as error:
+        raise DownloadFailed(f"the default text: {error}, or name a text with --text FILE") from error
+    with zipfile.ZipFile(archive) as content:
+        lines = io.StringIO(content.read("wikitext-2-raw/wiki.test.raw").decode()).readlines()
     return Text("WikiText-2 test", "\n\n".join("" if line.isspace() else line for line in lines))

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rcpconv.config import DEFAULT_CORPUS, DEMO, SELF
-from rcpconv.errors import BadTrainingData
+from rcpconv.errors import BadTrainingData, DownloadFailed
+from rcpconv.hub_data import fetch
 
 Render = Callable[[list[Any]], str | None]
 """Chat messages -> the text that the model's chat template makes of them; None when it has no template.
@@ -219,16 +220,10 @@ def _read_hub(source: str, render: Render) -> Iterator[str]:
 
 
 def _fetch(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BadTrainingData(
-            f"the default corpus: {repository}/{file} cannot be fetched from the Hub "
-            f"({' '.join(str(error).split())[:200]}); check the network, or give texts of your own with --data"
-        ) from error
+        return fetch(repository, file)
+    except DownloadFailed as error:
+        raise BadTrainingData(f"the default corpus: {error}, or give texts of your own with --data") from error
 
 
 def _wikitext() -> Iterator[str]:

@@ -45,8 +45,10 @@ def pull(repository: str, filename: str | None = None) -> Path:
 
     A fresh download has its hashes verified, and is deleted again when they are wrong.
     """
-    from huggingface_hub import errors, hf_hub_download, list_repo_files, try_to_load_from_cache
+    from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, try_to_load_from_cache
 
+    if not _reachable():
+        return _cached_or_fail(repository, filename, f"{constants.ENDPOINT} does not answer")
     try:
         if filename is None:
             filename = only_model(repository, list_repo_files(repository))
@@ -67,13 +69,7 @@ def pull(repository: str, filename: str | None = None) -> Path:
     except errors.HFValidationError as error:
         raise HubError(f"{repository}: not a valid repository name: {error}") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # after the kinds above: no network, offline mode, server errors
-        cached_path = _from_cache(repository, filename)
-        if cached_path is None:
-            raise HubError(
-                f"{repository}: the download failed and the model is not in the local cache; check the network, "
-                f"HF_HUB_OFFLINE and HF_ENDPOINT: {_first_line(error)}"
-            ) from error
-        return cached_path
+        return _cached_or_fail(repository, filename, _first_line(error))
     if path != cached:
         verify_download(Path(path))
     return Path(path)
@@ -100,6 +96,30 @@ def verify_download(path: Path) -> None:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise BadModelFile(f"{path.name}: the download is damaged and was deleted; try again: {error}") from error
+
+
+def _reachable() -> bool:
+    """Whether the Hub answers, tried twice: its client retries each request for half a minute before it gives up."""
+    from huggingface_hub import constants, get_session
+
+    for _ in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception:  # offline mode, or an error of whichever HTTP library the client uses
+            continue
+        return True
+    return False
+
+
+def _cached_or_fail(repository: str, filename: str | None, reason: str) -> Path:
+    """The file in the local cache, when the Hub does not give it. Raises HubError."""
+    path = _from_cache(repository, filename)
+    if path is None:
+        raise HubError(
+            f"{repository}: the model is not in the local cache, and the Hub cannot be reached; check the network, "
+            f"HF_HUB_OFFLINE and HF_ENDPOINT: {reason}"
+        )
+    return path
 
 
 def _from_cache(repository: str, filename: str | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +83,16 @@ def test_without_network_and_cache(rcp_run: Callable[..., tuple[int, str, str]])
     for name in ("user/repo", "hf://user/repo/model.rcp"):
         code, _, message = rcp_run(name, HF_HUB_OFFLINE="1")
         assert code == 6 and "HF_HUB_OFFLINE" in message
+
+
+def test_a_hub_that_does_not_answer_is_said_in_one_line(rcp_run: Callable[..., tuple[int, str, str]]) -> None:
+    """The client alone would repeat itself on standard error for half a minute."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        code, _, message = rcp_run("user/repo", HF_ENDPOINT=endpoint)
+    assert code == 6 and message.count("\n") == 1
+    assert message.endswith(f"check the network, HF_HUB_OFFLINE and HF_ENDPOINT: {endpoint} does not answer\n")
 
 
 def test_a_damaged_download_is_not_kept(

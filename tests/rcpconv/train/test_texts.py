@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import socket
 import sys
 import types
 import zipfile
@@ -185,7 +186,7 @@ def fake_hub(folder: Path) -> Any:
     row = {"instruction": "Say hi.", "context": "", "response": "Hi.", "category": "x"}
     rows = [row, row | {"context": "Politely."}]
     (folder / "databricks-dolly-15k.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return lambda repository, file, repo_type: str(folder / file)
+    return lambda repository, file, **_: str(folder / file)
 
 
 def test_default_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,10 +200,32 @@ def test_default_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         read("default")
 
 
-def test_default_corpus_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: Any, **more: Any) -> str:
-        raise OSError("Name or service not known")
+def test_default_corpus_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line, without the client's retries: the Hub is asked whether it is there at all."""
+    from huggingface_hub import constants, errors
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(BadTrainingData, match=r"default corpus: .* cannot be fetched .* --data"):
+    def cached_only(*arguments: Any, local_files_only: bool = False, **more: Any) -> str:
+        assert local_files_only, "the client would retry for half a minute"
+        raise errors.LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached_only)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(BadTrainingData) as found:
+            read("default")
+    assert str(found.value) == (
+        "the default corpus: ggml-org/ci/wikitext-2-raw-v1.zip: not in the cache, and the Hub "
+        f"({constants.ENDPOINT}) cannot be reached; check the network, HF_HUB_OFFLINE and HF_ENDPOINT, "
+        "or give texts of your own with --data"
+    )
+
+
+def test_a_download_that_fails_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **more: Any) -> str:
+        raise OSError("No space left on device. " + "x" * 500)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing)
+    monkeypatch.setattr("rcpconv.hub_data.reachable", lambda: True)
+    with pytest.raises(BadTrainingData, match=r"failed \(No space left on device\. x{500}\); try again, or give texts"):
         read("default")
