@@ -347,3 +347,9 @@ def test_sampling_defaults_and_licence(llama: Path, tmp_path: Path) -> None:
     source = load_source(str(folder))
     assert source.generation == {}
     assert source.provenance["license"] == "LICENSE.txt"
+
+
+def test_the_demo_model_carries_the_projects_licence() -> None:
+    source = load_source("demo")
+    assert source.provenance["license"] == "apache-2.0"
+    assert sum(path.stat().st_size for path in source.folder.iterdir()) < 4_000_000
