@@ -49,6 +49,13 @@ def test_kernels_include_nothing_from_elsewhere(path: Path) -> None:
     assert set(INCLUDE.findall(path.read_text(encoding="utf-8"))) <= headers
 
 
+@pytest.mark.parametrize("path", sorted(KERNELS.iterdir()), ids=lambda path: path.name)
+def test_one_file_alone_holds_ptx(path: Path) -> None:
+    """cuda_on_cpu/ptx.cuh takes its place where there is no GPU."""
+    text = path.read_text(encoding="utf-8")
+    assert (re.search(r"\basm\b|__cvta", text) is not None) == (path.name == "ptx.cuh")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_with_nvrtc(name: str, arch: int) -> None:

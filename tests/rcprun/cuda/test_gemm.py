@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rcpformat import arithmetic
-from test_linear import pack, padded_codes, poisoned, random_layer, reference, worst
+from tests.rcprun.cuda.test_linear import pack, padded_codes, poisoned, random_layer, reference, worst
 
 pytestmark = pytest.mark.gpu
 

@@ -29,29 +29,6 @@ constexpr float CENTRE = 1 << (BITS - 1);
 constexpr float LO = 1.0f / 2048.0f;                                 // what the lower f16 of a number counts
 constexpr float NEVER = -3.0e38f;                                    // the score of what is not visible
 
-__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ u32 multiply_add_half2(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
-    u32 d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-// (word & mask) | bits, in one instruction; of the plain form with two constants the compiler makes two.
-__device__ __forceinline__ u32 masked_or(u32 word, u32 mask, u32 bits) {
-    u32 result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
-    return result;
-}
-
 // Codes number s of both halves of a word, centred, as two f16. 0x6400 + c is the f16 1024 + c.
 __device__ __forceinline__ u32 centred(u32 word, int s) {
 #if BITS == 4
@@ -68,16 +45,6 @@ __device__ __forceinline__ u32 split(float x) {
     const u16 hi = half_from_float(x);
     const u16 lo = half_from_float((x - float_from_half(hi)) * 2048.0f);
     return hi | (u32)lo << 16;
-}
-
-// c += a b: a 16 x 16, b 16 x 8. With g = lane / 4, j = lane % 4: a = (row g, k 2j), (g + 8, 2j), (g, 2j + 8),
-// (g + 8, 2j + 8), each with k + 1; b = (k 2j, column g), (2j + 8, g); c = (row g, columns 2j, 2j + 1), (g + 8, ...).
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // A lane's words of one key (lanes = 4) or of one pair of values (lanes = 8).

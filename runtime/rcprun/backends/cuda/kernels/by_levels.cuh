@@ -6,12 +6,6 @@
 
 #include "stream.cuh"
 
-__device__ __forceinline__ void mma(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // 16 columns (two products' worth) of rows g and g + 8: 16 codes a word, even ones at bits 4i, odd ones at 4i + 2.
 __device__ __forceinline__ void multiply(int (&sum)[4], u32 low, u32 high, uint2 level, u32 b0, u32 b1, u32 b2, u32 b3) {
     const u32 mask = 0x33333333u;

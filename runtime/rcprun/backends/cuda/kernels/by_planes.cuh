@@ -16,14 +16,6 @@
 #error "by_planes.cuh: one token, 4-bit activations, groups of 128"
 #endif
 
-// Bits that rows g and g + 8 of two units share with the activations' planes: (row g: even plane, odd; row g + 8: both).
-__device__ __forceinline__ int4 count(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    int4 d;
-    asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-        : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
-    return d;
-}
 __device__ __forceinline__ u32 low_bits(u32 first, u32 second) { return (first & 0x55555555u) | ((second << 1) & 0xaaaaaaaau); }
 __device__ __forceinline__ u32 high_bits(u32 first, u32 second) { return ((first >> 1) & 0x55555555u) | (second & 0xaaaaaaaau); }
 
@@ -76,8 +68,9 @@ struct Product {
         const u32 l2 = low_bits(code1.x, code1.z), l3 = low_bits(code1.y, code1.w);
         const u32 h0 = high_bits(code0.x, code0.z), h1 = high_bits(code0.y, code0.w);
         const u32 h2 = high_bits(code1.x, code1.z), h3 = high_bits(code1.y, code1.w);
-        const int4 low = count(l0, l1, l2, l3, b0, b1), high = count(h0, h1, h2, h3, b0, b1);
-        const int4 both = count(l0 & h0, l1 & h1, l2 & h2, l3 & h3, b0, b1);
+        // x, y: row g, even and odd plane; z, w: row g + 8.
+        const int4 low = mma_bits(l0, l1, l2, l3, b0, b1), high = mma_bits(h0, h1, h2, h3, b0, b1);
+        const int4 both = mma_bits(l0 & h0, l1 & h1, l2 & h2, l3 & h3, b0, b1);
         add_row(sum[0], low.x + odd_weight * low.y, high.x + odd_weight * high.y, both.x + odd_weight * both.y, total, levels.x);
         add_row(sum[1], low.z + odd_weight * low.w, high.z + odd_weight * high.w, both.z + odd_weight * both.w, total, levels.y);
     }
@@ -86,14 +79,6 @@ struct Product {
         const int n2 = high - both, n1 = low - both, n0 = total - low - n2;
         sum = dot_low(__byte_perm(n0, n1, 0x5410), levels, sum);
         sum = dot_high(__byte_perm(n2, both, 0x5410), levels, sum);
-    }
-    static __device__ __forceinline__ int dot_low(u32 halves, u32 bytes, int sum) {
-        asm("dp2a.lo.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
-        return sum;
-    }
-    static __device__ __forceinline__ int dot_high(u32 halves, u32 bytes, int sum) {
-        asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
-        return sum;
     }
     // Add what there is to the sums [16] of the tile, and begin anew.
     __device__ __forceinline__ void flush(int* sums) {

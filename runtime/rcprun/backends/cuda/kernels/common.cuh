@@ -1,53 +1,10 @@
-// What several kernels share: types, warp and block reductions, quantization (SPEC.md, chapter 10), half precision,
-// and dependent launch. Compiled with --fmad=false: a fused multiply-add is written fmaf.
+// What several kernels share: warp and block reductions, quantization (SPEC.md, chapter 10), and by its headers, types
+// and what is PTX. Compiled with --fmad=false: a fused multiply-add is written fmaf.
 #pragma once
-
-typedef signed char i8;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef int i32;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
+#include "ptx.cuh"
 
 #define FULL_MASK 0xffffffffu
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(RCP_NO_HOPPER)
-#define RCP_HOPPER 1
-#else
-#define RCP_HOPPER 0
-#endif
 
-// Programmatic dependent launch. Everything before pdl_wait may run while earlier kernels still do: it may read weights
-// and constants only. pdl_launch lets the next kernel start; both are nothing where there is no such launch.
-__device__ __forceinline__ void pdl_wait() {
-#if RCP_HOPPER
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void pdl_launch() {
-#if RCP_HOPPER
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// binary16, as its bits.
-__device__ __forceinline__ u16 half_from_float(float x) {
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
-__device__ __forceinline__ float float_from_half(u16 h) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
-    return x;
-}
-
-// The larger one; NaN where either is, so that a token with one is refused in the end, not taken for another.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
 __device__ __forceinline__ float warp_max(float x) {
     for (int offset = 16; offset; offset >>= 1) x = max_or_nan(x, __shfl_xor_sync(FULL_MASK, x, offset));
     return x;

@@ -79,23 +79,13 @@ __device__ __forceinline__ u32 signs(u32 word, int step, int j) {
     return ((word << (4 * step + j)) & 0x80008000u) | 0x3f803f80u;
 }
 
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32* b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // B fragments of NT tiles: 16 rows, 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
-__device__ __forceinline__ void load_b(u32 (&b)[2 * NT], u32 address) {
+__device__ __forceinline__ void load_tiles(u32 (&b)[2 * NT], u32 address) {
     if constexpr (NT == 1) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
+        load_b(b[0], b[1], address);
     } else {
 #pragma unroll
-        for (int i = 0; i < NT / 2; ++i)
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(b[4 * i]), "=r"(b[4 * i + 1]), "=r"(b[4 * i + 2]), "=r"(b[4 * i + 3])
-                         : "r"(address + 32 * i) : "memory");
+        for (int i = 0; i < NT / 2; ++i) load_b(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3], address + 32 * i);
     }
 }
 
@@ -174,30 +164,21 @@ struct Exchange {
 __device__ __forceinline__ void exchange_begin(Exchange& e) {
 #if RCP_HOPPER
     if (threadIdx.x == 0) {
-        const u32 barrier = (u32)__cvta_generic_to_shared(&e.barrier);
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;"
-                     :: "r"(barrier) : "memory");
-        asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }"
-                     :: "r"(barrier), "n"(4 * PARTS) : "memory");
+        const u32 barrier = shared_address(&e.barrier);
+        barrier_init(barrier);
+        barrier_init_done();
+        barrier_expect<4 * PARTS>(barrier);
     }
     __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    cluster_arrive();
 #endif
 }
 __device__ __forceinline__ u32 exchange_max(u32 peak, int part, Exchange& e) {
 #if RCP_HOPPER
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks have begun
-    const u32 own = (u32)__cvta_generic_to_shared(e.peaks + part), barrier = (u32)__cvta_generic_to_shared(&e.barrier);
-    if (threadIdx.x < PARTS) {
-        asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
-                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
-                     :: "r"(own), "r"(barrier), "r"(threadIdx.x), "r"(peak) : "memory");
-    }
-    u32 done = 0;
-    while (!done) {
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(barrier) : "memory");
-    }
+    cluster_wait();  // all blocks have begun
+    const u32 own = shared_address(e.peaks + part), barrier = shared_address(&e.barrier);
+    if (threadIdx.x < PARTS) store_to_block(threadIdx.x, own, barrier, peak);
+    barrier_wait(barrier, 0);
     for (int i = 0; i < PARTS; ++i) peak = max(peak, e.peaks[i]);
 #endif
     return peak;
@@ -232,7 +213,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     __syncthreads();
 
     float sums[CHAINS][MT][NT][4] = {};
-    const u32 own = (u32)__cvta_generic_to_shared(terms + lane % 16 * STRIDE + (NT > 1 ? lane / 16 * 8 : 0) + span);
+    const u32 own = shared_address(terms + lane % 16 * STRIDE + (NT > 1 ? lane / 16 * 8 : 0) + span);
 #pragma unroll 1
     for (int k_word = 0; k_word < K_WORDS; ++k_word) {
 #pragma unroll
@@ -249,11 +230,13 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
 #pragma unroll
             for (int term = 0; term < 3; ++term) {
                 u32 b[2 * NT];
-                load_b(b, own + (4 * k_word + step) * 16 * STRIDE * 2 + term * TERM_BYTES);
+                load_tiles(b, own + (4 * k_word + step) * 16 * STRIDE * 2 + term * TERM_BYTES);
 #pragma unroll
                 for (int i = 0; i < MT; ++i)
 #pragma unroll
-                    for (int t = 0; t < NT; ++t) mma(sums[term < CHAINS ? term : CHAINS - 1][i][t], a[i], b + 2 * t);
+                    for (int t = 0; t < NT; ++t)
+                        mma_bf16(sums[term < CHAINS ? term : CHAINS - 1][i][t], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * t],
+                                 b[2 * t + 1]);
             }
         }
 #pragma unroll

@@ -19,16 +19,3 @@ __device__ __forceinline__ int levels_of_lane(int lane) {
     const int g = lane >> 2, t = lane & 3;
     return CODE_BYTES + (GROUP == 128 ? g : 2 * g + (t >> 1)) * 8;
 }
-
-// PTX itself: __byte_perm would mask the selectors once more, and plain shifts would be undone by the compiler, which
-// prefers to mask and shift each half by itself. Either costs a fifth of the loop.
-__device__ __forceinline__ u32 upper_half(u32 x) {
-    u32 y;
-    asm("shr.u32 %0, %1, 16;" : "=r"(y) : "r"(x));
-    return y;
-}
-__device__ __forceinline__ u32 look_up(u32 levels, u32 selectors) {
-    u32 y;
-    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(levels), "r"(selectors));
-    return y;
-}
