@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, QuantizeConfig
+from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, UNTRAINED, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.train.losses import CPU_CHUNK, CUDA_CHUNK
 from rcpconv.train.progress import duration
@@ -206,7 +206,9 @@ class Plan:
             f"{size(self.memory_bytes)}, a checkpoint {size(self.checkpoint_bytes)} of disk",
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences × {c.seq_len} tokens = "
             f"{tokens:,} tokens, about {duration(self.seconds)} ({c.precision}, gradient checkpointing "
-            f"{c.grad_checkpointing}, compile {c.compile})",
+            f"{c.grad_checkpointing}, compile {c.compile})"
+            if self.steps
+            else "training  none",
         ):
             console.print(line, highlight=False, soft_wrap=True)
 
@@ -238,20 +240,26 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     if config.precision == "bf16" and machine.kind == "cpu":
         raise BadOption("precision: bf16 needs a CUDA device; on a CPU use fp32")
     precision = config.precision if config.precision != "auto" else ("bf16" if machine.kind == "cuda" else "fp32")
+    if config.method in UNTRAINED or config.steps == 0:
+        config = config.changed(steps=0, tokens=None, data=())
+    else:
+        config = config.changed(
+            tokens=config.tokens or (None if config.steps else DEFAULT_TOKENS),
+            data=config.data or ((DEMO,) if config.model == DEMO else (DEFAULT_CORPUS,)),
+        )
     config = config.changed(
         device=machine.device,
         precision=precision,
         seq_len=seq_len,
         tables="one" if one else "two",
         compile=("on" if machine.compiles else "off") if config.compile == AUTO else config.compile,
-        data=config.data or ((DEMO,) if config.model == DEMO else (DEFAULT_CORPUS,)),
-        tokens=config.tokens or (None if config.steps else DEFAULT_TOKENS),
     )
     quantization = quantization_of(config)
     config, memory = _fit_memory(config, architecture, quantization, machine)
     assert config.batch_size is not None and config.grad_accum is not None
     per_step = config.batch_size * config.grad_accum * seq_len
-    steps = config.steps or max(1, round((config.tokens or 0) / per_step))
+    steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps
+    assert steps is not None
     parameters = memory["weights and quantizers"]
     return Plan(
         config=config,
@@ -261,7 +269,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         machine=machine,
         sizes=account(architecture, quantization, tied_checkpoint=tied),
         memory=memory,
-        checkpoint_bytes=(1 + _OPTIMIZER_STATES) * parameters,
+        checkpoint_bytes=(1 + _OPTIMIZER_STATES) * parameters if steps else 0,
         steps=steps,
         seconds=steps * _step_seconds(config, architecture, machine),
     )
@@ -334,6 +342,8 @@ def _memory(
     )
     largest = max(table, *map(math.prod, shapes))
     chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
+    if config.steps == 0:
+        return {"weights and quantizers": trained, "working space": _FLOAT32 * (6 * largest + 6 * chunk)}
     return {
         "weights and quantizers": trained,
         "gradients": trained,

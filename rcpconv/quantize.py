@@ -226,7 +226,11 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
     with _stoppable(run, console):
         try:
-            student = _trained_student(run, plan, source, windows, console)
+            student = (
+                _trained_student(run, plan, source, windows, console)
+                if plan.steps
+                else _untrained_student(plan, source)
+            )
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
             run.update(status=FAILED, reason=str(error))
             raise
@@ -274,6 +278,14 @@ def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
     )
 
 
+def _untrained_student(plan: Plan, source: SourceModel) -> Decoder:
+    c = plan.config
+    rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
+    prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
+    options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
+    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device)
+
+
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
@@ -284,10 +296,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
 
     sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
-    rotations = Rotations(r1=config.r1, r2=config.r2, r3=config.r3, r4=config.r4)
-    prepared = prepare(source, rotations=rotations, one_table=config.tables == "one", seed=config.seed)
-    options = ComputeOptions(half=half, checkpoint_layers=config.grad_checkpointing == "on")
-    student = student_decoder(prepared, plan.quantization, options, device=device)
+    student = _untrained_student(plan, source)
     trainer = Trainer(
         student=student,
         teacher=teacher(),

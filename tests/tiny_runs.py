@@ -19,9 +19,9 @@ from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
 
-def make_student(model: str, *, one_table: bool = False, **scheme: Any) -> Decoder:
+def make_student(model: str, *, one_table: bool = False, method: str = "ldp", **scheme: Any) -> Decoder:
     """A decoder as after a few steps of training; `scheme` goes to Quantization. The same one every time."""
-    quantization = Quantization(method="ldp", **scheme)
+    quantization = Quantization(method=method, **scheme)
     rotations = Rotations(**{name: getattr(quantization, name) for name in ("r1", "r2", "r3", "r4")})
     prepared = prepare(load_source(model), rotations=rotations, one_table=one_table)
     decoder = student_decoder(prepared, quantization, ComputeOptions())
@@ -43,10 +43,10 @@ def make_tiny_run(kind: str, folder: Path, *, one_table: bool = False, **scheme:
     return make_run(str(folder / "checkpoint"), folder / "run", one_table=one_table, **scheme)
 
 
-def make_run(model: str, folder: Path, *, one_table: bool = False, **scheme: Any) -> Run:
+def make_run(model: str, folder: Path, *, one_table: bool = False, method: str = "ldp", **scheme: Any) -> Run:
     """A finished run of any model that load_source takes."""
     source = load_source(model)
-    decoder = make_student(model, one_table=one_table, **scheme)
+    decoder = make_student(model, one_table=one_table, method=method, **scheme)
     record = {
         "status": FINISHED,
         "model": model,
@@ -54,12 +54,12 @@ def make_run(model: str, folder: Path, *, one_table: bool = False, **scheme: Any
         "created": now(),
         "finished": now(),
         "architecture": decoder.architecture.to_json(),
-        "quantization": Quantization(method="ldp", **scheme).to_json(),
+        "quantization": Quantization(method=method, **scheme).to_json(),
         "tokenizer": source.tokenizer.info.to_json(),
         "generation": source.generation,
         "provenance": source.provenance,
     }
-    recipe = QuantizeConfig(model=model, **scheme).to_toml()
+    recipe = QuantizeConfig(model=model, method=method, **scheme).to_toml()
     with created(folder, record, recipe, source.tokenizer.json) as run:
         tensors = bake(decoder)
         save_file(tensors, run.folder / BAKED)

@@ -9,6 +9,7 @@ from rcpconv.checkpoint import load_source
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.prepare import prepare, student_decoder
+from rcpconv.quantizers import METHODS
 from rcpconv.train.compiling import distances, layer_gradients, rounding_noise
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
@@ -33,6 +34,20 @@ def test_a_layer_compiles_whole_and_gives_the_same_gradients(tmp_path) -> None:
     student = tiny_student(tmp_path, options)
     x = torch.randn(2, 24, student.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
     compare(student, torch.compile(student.layers[0].forward, backend="aot_eager", fullgraph=True), x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_weight_quantizer_compiles_whole_and_gives_the_same(method: str) -> None:
+    w = 0.05 * torch.randn(8, 172, generator=torch.Generator().manual_seed(0))
+    quantizer = METHODS[method](8, 172, 128)
+    quantizer.initialise(w)
+    inputs, found = [w.requires_grad_(), *quantizer.parameters()], []
+    for quantize in (quantizer, torch.compile(quantizer.forward, backend="aot_eager", fullgraph=True)):
+        integers, scale = quantize(w)
+        gradients = torch.autograd.grad((integers * scale[:, None]).square().sum(), inputs)
+        found.append((integers, scale, *gradients))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.gpu

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from rcpconv.baking import hash_weights
+from rcpconv.baking import baked_decoder, hash_weights
 from rcpconv.errors import BadRun, ExportMismatch, RunNotFound
 from rcpconv.export import export
 from rcpconv.inspection import bars, code_counts, inspect_file, model_size
+from rcpconv.quantizers import METHODS
 from rcpconv.runs import BAKED, RECIPE, RECORD, RUNNING, TOKENIZER, WEIGHT_HASHES, Run, write_json
 from rcpformat import OutputExists, Quantization, RcpFile, pack_codes, spec
 from rcpformat.accounting import account
 from rcpformat.errors import FormatError
 from shapes import LLAMA_2_7B
-from tiny_runs import make_tiny_run
+from tiny_runs import make_student, make_tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,19 @@ def test_every_weight_decodes_to_what_was_trained(run: Run, tmp_path: Path) -> N
         assert file.metadata.tokenizer == run.tokenizer
         assert file.metadata.generation == run.generation == {"temperature": 0.6, "top_p": 0.9}
     assert report.nbytes == (tmp_path / "model.rcp").stat().st_size
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_exported_without_loss(method: str, tmp_path: Path) -> None:
+    """And the model made from the file computes what the model in training does, to the last bit."""
+    run = make_tiny_run("llama3", tmp_path, method=method, group_size=64)
+    export(run, tmp_path / "model.rcp")  # which compares the hashes
+    student = make_student(str(tmp_path / "checkpoint"), method=method, group_size=64)
+    tokens = torch.arange(24)[None]
+    with RcpFile.open(tmp_path / "model.rcp") as file, torch.no_grad():
+        assert file.quantization.method == method
+        decoder = baked_decoder(file.architecture, file.quantization, file.tensor)
+        assert torch.equal(decoder(tokens), student(tokens))
 
 
 def test_same_run_gives_same_bytes(run: Run, original_run: Run, tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_a_decided_plan_decides_the_same_again() -> None:
     assert again == first
 
 
+@pytest.mark.parametrize("settings", [{"method": "rtn", "tokens": 10**9, "data": ("self",)}, {"steps": 0}])
+def test_without_training_there_are_no_steps_no_texts_and_little_memory(settings: dict[str, Any]) -> None:
+    found = plan(LLAMA_2_7B, CPU, **settings)
+    assert (found.steps, found.seconds, found.checkpoint_bytes) == (0, 0, 0)
+    assert (found.config.steps, found.config.tokens, found.config.data) == (0, None, ())
+    assert found.memory_bytes < plan(LLAMA_2_7B, CPU).memory_bytes / 3
+    assert make_plan(found.config, LLAMA_2_7B, False, CPU) == found
+
+
 def test_given_settings_stay() -> None:
     given = {"batch_size": 3, "grad_accum": 5, "seq_len": 100, "lr": 1e-4, "grad_checkpointing": "on", "tokens": 30_000}
     found = plan(DEMO, CPU, **given)

@@ -30,8 +30,10 @@ from rcpconv.errors import (
     TrainingDiverged,
 )
 from rcpconv.evaluate import torch_perplexity
+from rcpconv.export import export
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, quantize
+from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import read_metrics
@@ -137,6 +139,20 @@ def test_training_lowers_the_divergence(reference: Run) -> None:
     perplexity = reference.evaluation["perplexity"]
     measured = [line["perplexity"] for line in lines if "perplexity" in line]
     assert measured[0] > measured[1] > 0 and perplexity["original"] > 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ldp", "rtn"}))
+def test_every_method_lowers_the_divergence(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
+    lines = metrics(train(checkpoint, text, tmp_path / "run", method=method).folder)
+    assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
+
+
+def test_round_to_nearest_needs_no_texts_and_no_training(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"method": "rtn", "data": ("not there",), "eval_data": str(text), "device": "cpu"}
+    run = quantize(str(checkpoint), settings, out=tmp_path / "run", console=Console(quiet=True))
+    assert run is not None and run.status == FINISHED
+    assert run.evaluation["perplexity"]["fake-quant"] > 0 and not (run.folder / "tokens").exists()
+    assert export(run, tmp_path / "model.rcp").nbytes > 0
 
 
 def test_the_baked_model_is_the_trained_one(reference: Run, text: Path) -> None:
