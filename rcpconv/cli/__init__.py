@@ -14,6 +14,7 @@ from rcpconv.cli.evaluation import eval_command
 from rcpconv.cli.export import export
 from rcpconv.cli.files import inspect, push, verify
 from rcpconv.cli.quantize import quantize
+from rcpconv.cli.report import report
 from rcpconv.errors import ConversionError
 from rcpformat.errors import FormatError, OutputExists, OutputNotWritable, UnreadableFile
 
@@ -60,5 +61,5 @@ def main() -> None:
     """
 
 
-for _command in (quantize, export, inspect, verify, eval_command, push):
+for _command in (quantize, export, inspect, verify, eval_command, report, push):
     main.add_command(_command)

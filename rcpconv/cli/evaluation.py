@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from rcpconv.cli.options import FILE, Value, find_run, run_options
+from rcpconv.cli.options import DEVICES, FILE, Value, find_run, require_writable, run_options
 from rcpconv.config import DATA, Option
-from rcpformat.errors import OutputNotWritable
 
 _MODELS = ("original", "fake-quant", "rcp")
 _MAX_TOKENS = Option(
     help="Use this much of the text, such as 20k. Default: all.", group=DATA, type=int, count=True, low=2
 )
-_DEVICES = ("auto", "cpu", "cuda")
-
-
-def _require_writable(path: Path) -> None:
-    """Raise OutputNotWritable where no file can be written, and leave nothing there."""
-    folder = path.parent
-    if path.is_dir():
-        found = "a folder"
-    elif not folder.is_dir():
-        found = f"no folder {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        found = "no permission to write"
-    else:
-        return
-    raise OutputNotWritable(f"{path}: expected a place for the results, found {found}; choose another --json")
 
 
 @click.command("eval", short_help="Measure perplexity: original, run and file.")
@@ -44,7 +27,7 @@ def _require_writable(path: Path) -> None:
 @click.option(
     "--generation-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of a continuation."
 )
-@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True, help="Of the torch models.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Of the torch models.")
 @click.option("--json", "json_file", type=FILE, help="Write the results to a file too.", metavar="FILE")
 def eval_command(
     run: Path | None,
@@ -75,7 +58,7 @@ def eval_command(
     from rcpconv.heldout import read_text
 
     if json_file is not None:
-        _require_writable(json_file)
+        require_writable(json_file, "--json")
     found = None
     if not {"original", "fake-quant"} <= set(skip):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ import click
 
 from rcpconv.config import Option
 from rcpconv.errors import BadOption
+from rcpformat.errors import OutputNotWritable
 
 if TYPE_CHECKING:
     from rcpconv.runs import Run
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]
@@ -59,3 +62,17 @@ def find_run(run: Path | None, runs: Path | None) -> Run:
     found = newest_finished(runs_root(runs)) if run is None else Run.open(run)
     found.require_finished()
     return found
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raise OutputNotWritable where no file can be written, and leave nothing there."""
+    folder = path.parent
+    if path.is_dir():
+        found = "a folder"
+    elif not folder.is_dir():
+        found = f"no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        found = "no permission to write"
+    else:
+        return
+    raise OutputNotWritable(f"{path}: expected a place for the results, found {found}; choose another {option}")
