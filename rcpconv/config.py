@@ -129,8 +129,12 @@ class QuantizeConfig:
         "alone); uniform: BitDistiller; seq: ParetoQ; r2q: two 1-bit stages; rtn: round to nearest, no training.",
     )
     group_size: int = _option(128, type=int, choices=(64, 128), group=FORM, help="Weights that share four levels.")
-    a_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the activations.")
-    kv_bits: int = _option(4, type=int, choices=(4, 8), group=FORM, help="Bits of the KV cache.")
+    a_bits: int = _option(
+        4, type=int, choices=(4, 8, 16), group=FORM, help="Bits of the activations; 16: as they are, never in a file."
+    )
+    kv_bits: int = _option(
+        4, type=int, choices=(4, 8, 16), group=FORM, help="Bits of the KV cache; 16: as it is, never in a file."
+    )
     head_bits: int = _option(8, type=int, choices=(8, 16), group=FORM, help="Bits of the output head.")
     embed_bits: int = _option(8, type=int, choices=(8, 16), group=FORM, help="Bits of the embedding.")
     tables: str = _option(

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from rcpconv.baking import hash_tensor, hash_weights
 from rcpconv.config import DATA, OPTIONS, TRAINING
-from rcpconv.errors import ExportMismatch
+from rcpconv.errors import BadRun, ExportMismatch
 from rcpconv.runs import Run
+from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train.texts import HUB_PREFIX
 from rcpformat import spec
 from rcpformat.metadata import RcpMetadata
@@ -26,8 +27,16 @@ def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
     Before the file takes its name, every linear weight is decoded from it and compared (SHA-256) with what the training
     forward used, and every tensor with what the run recorded when it ended.
 
-    Raises ExportMismatch where they differ, OutputExists or OutputNotWritable for `out`; nothing is written then.
+    Raises BadRun for one of a ComparisonQuantization, ExportMismatch where weights or tensors differ, OutputExists or
+    OutputNotWritable for `out`; nothing is written then.
     """
+    q = run.quantization
+    if isinstance(q, ComparisonQuantization):
+        raise BadRun(
+            f"{run.folder}: trained with a_bits {q.a_bits} and kv_bits {q.kv_bits}, for comparison only; a file holds "
+            f"4 or 8 of each: evaluate it with `rcpconv eval --run {run.folder}`, or train again with --a-bits and "
+            "--kv-bits of 4 or 8"
+        )
     metadata = RcpMetadata(
         architecture=run.architecture,
         quantization=run.quantization,

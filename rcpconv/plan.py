@@ -21,6 +21,7 @@ from rich.table import Table
 
 from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, UNTRAINED, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.scheme import read_scheme
 from rcpconv.train.losses import CPU_CHUNK, CUDA_CHUNK
 from rcpconv.train.progress import duration
 from rcpformat import spec
@@ -39,6 +40,7 @@ _FLOAT32, _BFLOAT16 = 4, 2
 _QUANTIZER_PARAMETERS = 4
 """Of each group: beta, gamma, s1, s2."""
 _OPTIMIZER_STATES = 2
+_UNTRAINED_NEEDS = ("weights and quantizers", "working space")
 
 # What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
 # them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
@@ -222,9 +224,9 @@ def size(nbytes: float) -> str:
 
 
 def quantization_of(config: QuantizeConfig) -> Quantization:
-    """The file's scheme."""
+    """The file's scheme, or that of a run which cannot become a file."""
     names = ("method", "group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "r1", "r2", "r3", "r4")
-    return Quantization(**{name: getattr(config, name) for name in names})
+    return read_scheme({name: getattr(config, name) for name in names})
 
 
 def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
@@ -342,9 +344,7 @@ def _memory(
     )
     largest = max(table, *map(math.prod, shapes))
     chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
-    if config.steps == 0:
-        return {"weights and quantizers": trained, "working space": _FLOAT32 * (6 * largest + 6 * chunk)}
-    return {
+    needs = {
         "weights and quantizers": trained,
         "gradients": trained,
         "optimizer": _OPTIMIZER_STATES * trained,
@@ -352,6 +352,7 @@ def _memory(
         "activations": round(activations),
         "working space": _FLOAT32 * (6 * largest + 6 * chunk),
     }
+    return {name: needs[name] for name in _UNTRAINED_NEEDS} if config.steps == 0 else needs
 
 
 def _saved_bytes(architecture: Architecture) -> int:

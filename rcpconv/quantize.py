@@ -59,6 +59,7 @@ from rcpconv.runs import (
     runs_root,
     write_json,
 )
+from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
@@ -242,9 +243,9 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
         run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
         checkpoints.delete_all(run)
     which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
-    console.print(
-        f"Finished: {run.folder}. Now type:\n  rcpconv export{which} --out model.rcp", highlight=False, soft_wrap=True
-    )
+    compared = isinstance(plan.quantization, ComparisonQuantization)
+    command = f"rcpconv eval{which}" if compared else f"rcpconv export{which} --out model.rcp"
+    console.print(f"Finished: {run.folder}. Now type:\n  {command}", highlight=False, soft_wrap=True)
     return run
 
 

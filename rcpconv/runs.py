@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadRun, NotSaved, RunNotFound
+from rcpconv.scheme import read_scheme
 from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
 
 if TYPE_CHECKING:
@@ -167,9 +168,9 @@ class Run:
 
     @cached_property
     def quantization(self) -> Quantization:
-        """Of the file."""
+        """Of the file, or a ComparisonQuantization, of which there is no file."""
         with self._entry("quantization") as value:
-            return Quantization.from_json(value)
+            return read_scheme(value)
 
     @cached_property
     def tokenizer(self) -> TokenizerInfo:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from rcpformat.errors import BadMetadata, brief
 
@@ -152,6 +152,9 @@ class Architecture(_JsonRecord):
 class Quantization(_JsonRecord):
     """Bit widths, group sizes and online rotations."""
 
+    ACTIVATION_BITS: ClassVar[tuple[int, ...]] = (4, 8)
+    """What a_bits and kv_bits can be."""
+
     method: str
     """How the codes were found ("ldp", "rtn", ...). Informational: all methods give the same tensors."""
     group_size: int = 128
@@ -181,8 +184,8 @@ class Quantization(_JsonRecord):
             )
         for name, size in self.group_size_overrides.items():
             _one_of(owner, f"group_size_overrides[{brief(name)}]", size, (64, 128))
-        _one_of(owner, "a_bits", self.a_bits, (4, 8))
-        _one_of(owner, "kv_bits", self.kv_bits, (4, 8))
+        _one_of(owner, "a_bits", self.a_bits, self.ACTIVATION_BITS)
+        _one_of(owner, "kv_bits", self.kv_bits, self.ACTIVATION_BITS)
         _one_of(owner, "head_bits", self.head_bits, (8, 16))
         _one_of(owner, "embed_bits", self.embed_bits, (8, 16))
         for name in ("r1", "r2", "r3", "r4"):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rcpconv.scheme import UNQUANTIZED
 from rcpformat import arithmetic
 from rcpformat.spec import LEVEL_LIMIT
 
@@ -65,7 +66,10 @@ def half_ste(x: Tensor) -> Tensor:
 
 
 class Quantized(NamedTuple):
-    """Per-token quantized activations: x ≈ codes * scale. codes (..., K) whole numbers; scale (..., 1) float32."""
+    """Per-token quantized activations: x ≈ codes * scale. codes (..., K) whole numbers; scale (..., 1) float32.
+
+    With UNQUANTIZED bits the codes are x itself, and the scale is 1.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -96,8 +100,10 @@ class _ActivationCodes(torch.autograd.Function):
 def quantize_activations(x: Tensor, clip: Tensor | float, bits: int) -> Quantized:
     """SPEC.md, "Activations", differentiable in x and clip (the scale's dependence on x is not differentiated).
 
-    x: (..., K) float32.
+    x: (..., K) float32. With UNQUANTIZED bits nothing is done to it.
     """
+    if bits == UNQUANTIZED:
+        return Quantized(x, torch.ones_like(x[..., :1]), bits)
     peak = x.detach().abs().amax(dim=-1, keepdim=True)
     zero = peak < ZERO_TOKEN
     scale = torch.where(zero, 1.0, (clip * peak) / (2 ** (bits - 1) - 1))
@@ -106,7 +112,12 @@ def quantize_activations(x: Tensor, clip: Tensor | float, bits: int) -> Quantize
 
 
 def fake_quantize_kv(x: Tensor, clip: Tensor | float, bits: int) -> Tensor:
-    """SPEC.md, "KV cache": quantize and read back, per token and head. x: (..., D) float32; same shape back."""
+    """SPEC.md, "KV cache": quantize and read back, per token and head. x: (..., D) float32; same shape back.
+
+    With UNQUANTIZED bits it is x itself.
+    """
+    if bits == UNQUANTIZED:
+        return x
     top = 2**bits - 1
     frozen = x.detach()
     high = torch.clamp(clip * frozen.amax(dim=-1, keepdim=True), -LARGEST_HALF, LARGEST_HALF)
@@ -180,7 +191,7 @@ def integer_linear(x: Quantized, integers_NK: Tensor, row_scale_N: Tensor, bias_
     The row scale is not differentiated: weights are scale * round(level / scale), which moves with the level alone.
     """
     shape = x.codes.shape
-    chunk = exact_chunk(LEVEL_LIMIT * 2 ** (x.bits - 1))
+    chunk = shape[-1] if x.bits == UNQUANTIZED else exact_chunk(LEVEL_LIMIT * 2 ** (x.bits - 1))
     y_MN: Tensor = _IntegerLinear.apply(  # type: ignore[no-untyped-call]
         x.codes.reshape(-1, shape[-1]), x.scale.reshape(-1, 1), integers_NK, row_scale_N, chunk, half
     )

@@ -175,6 +175,7 @@ FAULTS = [
     Bad(BadMetadata, "No head_dim.", without_member(ARCHITECTURE, "head_dim")),
     Bad(BadMetadata, "An architecture in a list.", metadata(ARCHITECTURE, lambda text: f"[{text}]")),
     quantization(a_bits=3),
+    quantization(a_bits=16),
     quantization(a_bits=4.0),
     quantization(kv_bits=True),
     quantization(group_size=96),

@@ -29,7 +29,7 @@ from rcpconv.errors import (
     RunNotFound,
     TrainingDiverged,
 )
-from rcpconv.evaluate import torch_perplexity
+from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.export import export
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, quantize
@@ -157,8 +157,6 @@ def test_round_to_nearest_needs_no_texts_and_no_training(checkpoint: Path, text:
 
 def test_the_baked_model_is_the_trained_one(reference: Run, text: Path) -> None:
     """The perplexity measured on the student is that of the model made from its baked tensors."""
-    from rcpconv.evaluate import cut, tokenize
-
     windows = cut(tokenize(reference.tokenizer_json, text.read_text()), reference.evaluation["window"], 1000)
     decoder = baked_decoder(reference.architecture, reference.quantization, reference.tensor)
     assert reference.evaluation["tokens"] == sum(len(window) - 1 for window in windows)
@@ -378,6 +376,21 @@ def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
         assert set(run.tensor_names()) == spec.expected_tensors(run.architecture, run.quantization).keys() - {
             "tokenizer.json"
         }
+
+
+@pytest.mark.parametrize("bits", [{"a_bits": 16}, {"kv_bits": 16}])
+def test_a_run_without_some_quantization_is_for_comparison_only(
+    checkpoint: Path, text: Path, tmp_path: Path, reference: Run, bits: dict[str, int]
+) -> None:
+    run = train(checkpoint, text, tmp_path / "run", eval_data=str(text), max_eval_tokens=1000, **bits)
+    assert metrics(run.folder)[0]["kl"] < metrics(reference.folder)[0]["kl"]
+    run = Run.open(run.folder)
+    windows = cut(tokenize(run.tokenizer_json, text.read_text()), run.evaluation["window"], 1000)
+    decoder = baked_decoder(run.architecture, run.quantization, run.tensor)
+    assert torch_perplexity(decoder, windows, "") == run.evaluation["perplexity"]["fake-quant"]
+    with pytest.raises(BadRun, match="for comparison only; a file holds 4 or 8 of each"):
+        export(run, tmp_path / "model.rcp")
+    assert not (tmp_path / "model.rcp").exists()
 
 
 def test_texts_that_will_not_do(checkpoint: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rcpconv.quantizers.functional import (
 from rcpconv.quantizers.ldp import LDPQuantizer
 from rcpconv.quantizers.levels import EvenLevels, steps
 from rcpconv.quantizers.tables import fake_quantize_rows, int8_rows
+from rcpconv.scheme import UNQUANTIZED
 from rcpformat import arithmetic, spec
 
 
@@ -64,6 +65,20 @@ def test_linear_is_the_formats_exact_integer_product(columns: int) -> None:
 def test_long_products_are_split_and_stay_exact() -> None:
     a, b = torch.full((1, 50_000), -128.0), torch.full((1, 50_000), 127.0)
     assert integer_product(a, b, chunk=1000, half=False).item() == -128 * 127 * 50_000
+
+
+def test_what_is_not_quantized_stays_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 96, generator=generator).requires_grad_()
+    w = torch.randint(-127, 128, (7, 96), generator=generator).float().requires_grad_()
+    assert fake_quantize_kv(x, 0.5, UNQUANTIZED) is x
+    quantized = quantize_activations(x, 0.5, UNQUANTIZED)
+    y = integer_linear(quantized, w, torch.full((7,), 0.25), None, False)
+    plain = x @ w.T / 4
+    torch.testing.assert_close(y, plain)
+    downstream = torch.randn(5, 7, generator=generator)
+    found, expected = (torch.autograd.grad((value * downstream).sum(), (x, w)) for value in (y, plain))
+    torch.testing.assert_close(found, expected)
 
 
 def test_activation_gradients() -> None:
