@@ -91,14 +91,16 @@ def _page(run: Run, text: Text, found: Measured) -> str:
 def _overview(run: Run, text: Text, found: Measured) -> str:
     q = run.quantization
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)]
+    last = [{"tokens": 0, "step": 0}, *read_metrics(run.folder / METRICS)][-1]
     rows = [
         ("model", run.provenance.get("base_model", run.record["model"])),
         ("scheme", f"W2A{q.a_bits}KV{q.kv_bits}, method {q.method}, groups of {q.group_size}"),
         ("rotations", ", ".join(rotations) or "none"),
-        ("began", run.record["created"]),
-        ("finished", run.record["finished"]),
+        ("trained on", f"{last['tokens']:,} tokens in {last['step']:,} steps"),
+        ("began", _readable(run.record["created"])),
+        ("finished", _readable(run.record["finished"])),
     ]
-    names = {ORIGINAL: "original", BEFORE: "quantized, before training", FAKE_QUANT: "quantized, trained"}
+    names = {ORIGINAL: ORIGINAL, BEFORE: f"{FAKE_QUANT}, {BEFORE}", FAKE_QUANT: f"{FAKE_QUANT}, trained"}
     base = found.perplexity[ORIGINAL]
     perplexities = [
         (names[name], f"{value:.3f}", f"{value / base - 1:+.1%}") for name, value in found.perplexity.items()
@@ -112,6 +114,11 @@ def _overview(run: Run, text: Text, found: Measured) -> str:
     )
 
 
+def _readable(time: str) -> str:
+    """A time of rcpconv.runs.now, to the second."""
+    return time.partition(".")[0].replace("T", " ") + " UTC"
+
+
 def _curves(run: Run) -> str:
     lines = read_metrics(run.folder / METRICS)
     perplexity = run.evaluation.get("perplexity", {})
@@ -119,7 +126,7 @@ def _curves(run: Run) -> str:
     if lines:
         parts.append(_image(figures.curves(lines, perplexity), "loss and perplexity over training tokens"))
     else:
-        parts.append(paragraph("The run has no metrics.jsonl."))
+        parts.append(paragraph("No step of training was logged."))
     if perplexity:
         measured = ", ".join(f"{name} {value:.3f}" for name, value in perplexity.items())
         text = Path(run.evaluation["text"]).name
@@ -181,7 +188,7 @@ def _ranges(run: Run, found: Measured, text: Text) -> str:
         )
         for site, name in figures.SITE_NAMES.items()
     ]
-    headings = ("", "largest before", "after rotation", "peak / RMS before", "after rotation")
+    headings = ("", "largest, unrotated", "rotated", "peak / RMS, unrotated", "rotated")
     return section(
         "Activations and KV cache",
         paragraph(
