@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -101,28 +101,42 @@ class Emulator:
     """Compiled kernels, which a folder keeps, and the launches since the last reset."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.launches = 0
         self.captured: list[Callable[[], None]] | None = None
         """Launches that a graph is made of, while one is captured."""
+        sources = {
+            path.name: path.read_text() for path in (*KERNELS.glob("*.cu*"), FOLDER / "cuda.h", FOLDER / "ptx.cuh")
+        }
+        self._folder = folder / _hash(sources)
+        if not self._folder.exists():
+            build = Path(tempfile.mkdtemp(dir=folder))
+            for name, text in sources.items():
+                (build / name).write_text(text)
+            _compile("-x", "c++-header", "cuda.h", "-o", "cuda.h.gch", folder=build)
+            with suppress(OSError):  # another worker was faster
+                build.rename(self._folder)
 
     def library(self, file: str, name: str, defines: dict[str, int]) -> ctypes.CDLL:
         """Kernel `name` of kernels/<file>.cu; compiled if it is not in the folder."""
-        sources = {path.name: path.read_text() for path in (*KERNELS.iterdir(), FOLDER / "cuda.h", FOLDER / "ptx.cuh")}
-        dynamic = _DYNAMIC.search(sources[f"{file}.cu"])
+        dynamic = _DYNAMIC.search((self._folder / f"{file}.cu").read_text())
         kind, memory = dynamic.groups() if dynamic else ("char", "no_dynamic_memory")
-        sources["entry.cpp"] = _ENTRY.format(file=file, name=name, type=kind, memory=memory, bytes=SHARED_BYTES + 1024)
-        options = [*_OPTIONS, *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
-        key = hashlib.sha256(repr((sources, options)).encode()).hexdigest()[:16]
-        path = self.folder / f"{file}-{name}-{key}.so"
+        entry = _ENTRY.format(file=file, name=name, type=kind, memory=memory, bytes=SHARED_BYTES + 1024)
+        options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+        path = self._folder / f"{file}-{name}-{_hash(options)}.so"
         if not path.exists():
-            assert GXX is not None
-            with tempfile.TemporaryDirectory(dir=self.folder) as build:
-                for source, text in sources.items():
-                    Path(build, source).write_text(text)
-                subprocess.run([GXX, *options, "entry.cpp", "-o", "kernel.so"], cwd=build, check=True)
-                os.replace(Path(build, "kernel.so"), path)
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".so", delete=False) as library:
+                _compile(*options, "-I.", "-x", "c++", "-", "-o", library.name, folder=self._folder, text=entry)
+            os.replace(library.name, path)
         return ctypes.CDLL(str(path))
+
+
+def _compile(*arguments: str, folder: Path, text: str = "") -> None:
+    assert GXX is not None
+    subprocess.run([GXX, *_OPTIONS, *arguments], cwd=folder, input=text, text=True, check=True)
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 class Kernel:
