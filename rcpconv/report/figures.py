@@ -116,7 +116,7 @@ def errors(
         if residual:
             _over_layers(axes, residual, color=_BLACK, linewidth=2.2, label="residual stream after the layer")
         axes.set_title(title)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     for row in grid:
         row[0].set_ylabel("relative error (RMS)")
     grid[1, 0].set_ylim(0, 1.08 * max(*outputs_before.values(), *outputs.values()))
@@ -142,7 +142,7 @@ def levels(before: WeightStatistics, after: WeightStatistics) -> Figure:
         axes.legend(frameon=False, fontsize="small", loc="upper center", ncols=2)
     grid[0, 0].set_ylabel(f"share of groups, bins of {width}")
     grid[0, 0].set_ylim(top=1.35 * grid[0, 0].get_ylim()[1])
-    grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
@@ -160,7 +160,7 @@ def partitions(before: WeightStatistics, after: WeightStatistics) -> Figure:
         axes.stairs(start / max(1, start.sum()), edges, color=_GREY, fill=True, alpha=0.5, label="before training")
         axes.stairs(end / max(1, end.sum()), edges, color=_BLUE, linewidth=1.5, label="trained")
         axes.set_xlabel(name)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     for row in grid:
         row[0].set_ylabel("share of groups")
     grid[0, 2].axis("off")
