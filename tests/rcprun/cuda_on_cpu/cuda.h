@@ -10,7 +10,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <sys/mman.h>
 #include <ucontext.h>
 #include <utility>
 
@@ -38,7 +37,7 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
-constexpr int MOST_THREADS = 1024, STACK = (128 << 10) + 832;  // not all in the same sets of the cache
+constexpr int MOST_THREADS = 1024, GUARD_BYTES = 1024;
 
 struct Barrier {
     unsigned arrived, rounds;
@@ -236,8 +235,8 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) {
 struct Launch {
     const unsigned* sizes;  // grid (3), threads of a block, bytes of dynamic shared memory
     int backwards;
-    unsigned char* memory;  // all there is for it
-    unsigned memory_bytes;
+    unsigned char* memory;  // for it, and GUARD_BYTES
+    char* stacks;           // of all threads, STACK_BYTES each
 };
 
 constexpr unsigned char GARBAGE = 0xa5;
@@ -257,8 +256,6 @@ static void thread_main() {
 }
 
 static void run_block(const Launch& launch) {
-    static char* const stacks = (char*)mmap(nullptr, (size_t)MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
-                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     ++blocks_begun;
     block_barrier = {};
     votes[0] = votes[1] = 0;
@@ -268,21 +265,21 @@ static void run_block(const Launch& launch) {
         thread.started = thread.ended = false;
         thread.at = nullptr;
         warps[i >> 5].barrier = {};
-        if (!starts[i].uc_stack.ss_sp) {
-            getcontext(&starts[i]);
-            starts[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
-            starts[i].uc_stack.ss_size = STACK;
-        }
+        stack_t& stack = starts[i].uc_stack;
+        if (!stack.ss_size) getcontext(&starts[i]);
+        stack.ss_size = STACK_BYTES;
+        stack.ss_sp = launch.stacks + (size_t)i * STACK_BYTES;
         makecontext(&starts[i], thread_main, 0);
     }
-    memset(launch.memory, GARBAGE, launch.memory_bytes);
+    const unsigned memory_bytes = launch.sizes[4] + GUARD_BYTES;
+    memset(launch.memory, GARBAGE, memory_bytes);
     current = backwards ? count - 1 : 0;
     threadIdx = {(unsigned)current, 0, 0};
     if (!sigsetjmp(outside, 1)) {
         threads[current].started = true;
         setcontext(&starts[current]);
     }
-    for (unsigned i = launch.sizes[4]; !*failure && i < launch.memory_bytes; ++i)
+    for (unsigned i = launch.sizes[4]; !*failure && i < memory_bytes; ++i)
         if (launch.memory[i] != GARBAGE)
             snprintf(failure, sizeof failure, "dynamic shared memory is written at byte %u of %u", i, launch.sizes[4]);
 }
@@ -311,7 +308,7 @@ static const char* run_grid(const Launch& launch) {
     return *failure ? failure : nullptr;
 }
 
-// A kernel's parameters: how each is called in Python's struct module, and a call with them.
+// A kernel's parameters: how NumPy calls each one's type, and a call with them.
 static char code_of(const void*) { return 'P'; }
 static char code_of(int) { return 'i'; }
 static char code_of(unsigned) { return 'I'; }

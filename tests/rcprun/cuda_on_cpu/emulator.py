@@ -34,20 +34,24 @@ SHARED_BYTES = 227 * 1024
 MULTIPROCESSORS = 3
 """Few, so that each of a small problem's blocks does several parts of it."""
 
-_OPTIONS = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing")
-_OPTIONS += ("-ffp-contract=off", "-fno-extern-tls-init")
+_MOST_THREADS = 1024
+_STACK_BYTES = (128 << 10) + 832
+"""Of a thread. No power of two: stacks would share the same few sets of the cache."""
+
+_OPTIONS = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-DSTACK_BYTES={_STACK_BYTES}", "-U_FORTIFY_SOURCE")
+_OPTIONS += ("-ffp-contract=off", "-fno-strict-aliasing", "-fno-extern-tls-init")
 _OPTIONS += ("-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error")
 _CODES = {np.int32: "i", np.uint32: "I", np.int64: "q", np.uint64: "Q", np.float32: "f"}
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\w+\) (\w+) (\w+)\[\];")
 _ENTRY = """#include "cuda.h"
 #include "{file}.cu"
-alignas(128) thread_local {type} {memory}[{bytes} / sizeof({type})];
+alignas(128) thread_local {type} {memory}[({bytes} + GUARD_BYTES) / sizeof({type})];
 extern "C" const char* parameters() {{ return codes_of({name}); }}
-extern "C" const char* run(const unsigned* sizes, int backwards, void** given) {{
+extern "C" const char* run(const unsigned* sizes, int backwards, char* stacks, void** given) {{
     static void** arguments;
     arguments = given;
     body = [] {{ call({name}, arguments); }};
-    return run_grid({{sizes, backwards, (unsigned char*){memory}, sizeof {memory}}});
+    return run_grid({{sizes, backwards, (unsigned char*){memory}, stacks}});
 }}
 """
 
@@ -104,9 +108,9 @@ class Emulator:
         self.launches = 0
         self.captured: list[Callable[[], None]] | None = None
         """Launches that a graph is made of, while one is captured."""
-        sources = {
-            path.name: path.read_text() for path in (*KERNELS.glob("*.cu*"), FOLDER / "cuda.h", FOLDER / "ptx.cuh")
-        }
+        self.stacks = np.frombuffer(mmap.mmap(-1, _MOST_THREADS * _STACK_BYTES), np.uint8)
+        paths = (*sorted(KERNELS.glob("*.cu*")), FOLDER / "cuda.h", FOLDER / "ptx.cuh")
+        sources = {path.name: path.read_text() for path in paths}
         self._folder = folder / _hash(sources)
         if not self._folder.exists():
             build = Path(tempfile.mkdtemp(dir=folder))
@@ -120,7 +124,7 @@ class Emulator:
         """Kernel `name` of kernels/<file>.cu; compiled if it is not in the folder."""
         dynamic = _DYNAMIC.search((self._folder / f"{file}.cu").read_text())
         kind, memory = dynamic.groups() if dynamic else ("char", "no_dynamic_memory")
-        entry = _ENTRY.format(file=file, name=name, type=kind, memory=memory, bytes=SHARED_BYTES + 1024)
+        entry = _ENTRY.format(file=file, name=name, type=kind, memory=memory, bytes=SHARED_BYTES)
         options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
         path = self._folder / f"{file}-{name}-{_hash(options)}.so"
         if not path.exists():
@@ -159,7 +163,7 @@ class Kernel:
         overlap: bool = False,
     ) -> None:
         """Run to the end, or when the graph is launched that is being captured."""
-        assert cluster == 1 and block % 32 == 0 and block <= 1024 and shared <= SHARED_BYTES
+        assert cluster == 1 and block % 32 == 0 and block <= _MOST_THREADS and shared <= SHARED_BYTES
         values, codes = [], ""
         for argument in arguments:
             pointer = argument is None or isinstance(argument, Array)
@@ -181,7 +185,7 @@ class Kernel:
     def _run_now(self, sizes: Any, places: Any, alive: Any) -> None:
         backwards = self._emulator.launches % 2
         self._emulator.launches += 1
-        failure = self._run(sizes, backwards, places)
+        failure = self._run(sizes, backwards, ctypes.c_void_p(self._emulator.stacks.ctypes.data), places)
         assert failure is None, f"{self._name}: {failure.decode()}"
 
 
