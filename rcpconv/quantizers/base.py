@@ -106,8 +106,10 @@ def to_groups(weight_NK: Tensor, group_size: int) -> Tensor:
     """(N, K) -> (N, G, g). A short last group is filled up with zeros."""
     n, k = weight_NK.shape
     groups = spec.ceil_div(k, group_size)
-    padded = torch.nn.functional.pad(weight_NK, (0, groups * group_size - k))
-    return padded.reshape(n, groups, group_size)
+    if fill := groups * group_size - k:
+        # Not F.pad: compiled for CPUs by torch 2.13, its gradient can be left unwritten in the last group.
+        weight_NK = torch.cat([weight_NK, weight_NK.new_zeros(n, fill)], dim=1)
+    return weight_NK.reshape(n, groups, group_size)
 
 
 def from_groups(grouped_NGg: Tensor, k: int) -> Tensor:

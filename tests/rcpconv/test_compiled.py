@@ -36,13 +36,22 @@ def test_a_layer_compiles_whole_and_gives_the_same_gradients(tmp_path) -> None:
     compare(student, torch.compile(student.layers[0].forward, backend="aot_eager", fullgraph=True), x)
 
 
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("aot_eager", "cpu"),
+        pytest.param("inductor", "cpu", marks=pytest.mark.slow),
+        pytest.param("inductor", "cuda", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_weight_quantizer_compiles_whole_and_gives_the_same(method: str) -> None:
-    w = 0.05 * torch.randn(8, 172, generator=torch.Generator().manual_seed(0))
-    quantizer = METHODS[method](8, 172, 128)
+def test_every_weight_quantizer_compiles_whole_and_gives_the_same(method: str, backend: str, device: str) -> None:
+    w = 0.05 * torch.randn(8, 172, generator=torch.Generator().manual_seed(0)).to(device)
+    quantizer = METHODS[method](8, 172, 128).to(device)
     quantizer.initialise(w)
+    torch._dynamo.reset()
     inputs, found = [w.requires_grad_(), *quantizer.parameters()], []
-    for quantize in (quantizer, torch.compile(quantizer.forward, backend="aot_eager", fullgraph=True)):
+    for quantize in (quantizer, torch.compile(quantizer.forward, backend=backend, fullgraph=True)):
         integers, scale = quantize(w)
         gradients = torch.autograd.grad((integers * scale[:, None]).square().sum(), inputs)
         found.append((integers, scale, *gradients))

@@ -168,7 +168,7 @@ GAUSSIAN_ERRORS = {
     "ldp-udq": (0.105, 0.1188),  # the best equal steps: 0.1188 σ²
     "lc": (0.105, 0.1188),
     "seq": (0.115, 0.1200),  # the same for a whole row
-    "r2q": (0.115, 0.1320),  # levels of one stage after the other: 1 − 2/π − (mean ||x| − √(2/π)|)² = 0.1312 σ²
+    "r2q": (0.105, 0.1175),
     "uniform": (0.12, 0.19),
     "rtn": (0.19, 0.40),
 }
