@@ -20,10 +20,7 @@ struct Product {
     u32 mine, step, at;  // this lane's codes: of the tile's first stage, from unit to unit, of the next stage
     int tokens, even[4], odd[4];
 
-    // Bytes of shared memory beside the codes.
-    static __device__ __forceinline__ int scratch_bytes(int units) { return 32; }
-
-    // code_MK: rows of `stride` bytes in shared memory. scratch: scratch_bytes. Whole block, with a barrier after it.
+    // code_MK: rows of `stride` bytes in shared memory. scratch: 32 bytes. Whole block, with a barrier after it.
     __device__ __forceinline__ void prepare(const i8* code_MK, int stride, int m, int units, u8* scratch) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         if (threadIdx.x < 8) ((u32*)scratch)[threadIdx.x] = 0;

@@ -23,10 +23,8 @@ struct Product {
     u32 planes, totals, at_planes, at_totals, first_unit, level;
     int odd_weight, sum[2];
 
-    // Planes u32 [units][4 lanes t][4], and totals i32 [units][2]: of planes 0 and 1, of planes 2 and 3.
-    static __device__ __forceinline__ int scratch_bytes(int units) { return units * 72; }
-
-    // code_MK: in shared memory. scratch: scratch_bytes. Whole block, with a barrier after it.
+    // code_MK: in shared memory. scratch, 72 bytes a unit: planes u32 [units][4 lanes t][4], then totals i32 [units][2], of
+    // planes 0 and 1, and of planes 2 and 3. Whole block, with a barrier after it.
     __device__ __forceinline__ void prepare(const i8* code_MK, int stride, int m, int units, u8* scratch) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         u32* const plane_U = (u32*)scratch;
