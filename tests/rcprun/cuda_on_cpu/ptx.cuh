@@ -47,6 +47,11 @@ static int dot_low(u32 halves, u32 bytes, int sum) {
     return sum + (short)halves * (i8)bytes + (short)(halves >> 16) * (i8)(bytes >> 8);
 }
 static int dot_high(u32 halves, u32 bytes, int sum) { return dot_low(halves, bytes >> 16, sum); }
+static u32 select_bits(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
+static u32 kept(u32 x) { return x; }
+static int add_bytes(u32 bytes, int sum) {
+    return sum + (i8)bytes + (i8)(bytes >> 8) + (i8)(bytes >> 16) + (i8)(bytes >> 24);
+}
 
 // ---- Products of matrices
 

@@ -24,8 +24,8 @@ STORE, ADD, SWIGLU = 0, 1, 2
 _WARPS, _STAGE_UNITS = 16, 2
 _PLANE_BYTES, _ZEROS = 72, 32
 """Of shared memory beside: for each unit where products go by bit planes, in all where they do not."""
-_STAGES = 3
-"""Of each warp's ring: more of them delay the activations, which wait behind the weights."""
+_SLOTS, _SLOTS_FOR_FEW = 4, 3
+"""Of each warp's ring, for one token and for several."""
 
 
 def padded(columns: int) -> int:
@@ -116,6 +116,7 @@ def linear(
         check(x, "x", np.float32, (m, weights.k))
     check(out, "out", np.float32, (m, weights.n))
     tokens = 1 if m == 1 else MAX_TOKENS
+    slots = _SLOTS if m == 1 else _SLOTS_FOR_FEW
     planes = int(m == 1 and a_bits == 4 and weights.group == 128)
     defines = {
         "GROUP": weights.group,
@@ -124,13 +125,14 @@ def linear(
         "PROLOGUE": prologue,
         "EPILOGUE": epilogue,
         "PLANES": planes,
-        "STAGES": _STAGES,
+        "SLOTS": slots,
+        "PACED": int(overlap),
     }
     blocks = min(weights.tiles, multiprocessors())
     owned = spec.ceil_div(weights.tiles, blocks)
-    ring = _WARPS * _STAGES * _STAGE_UNITS * _unit_bytes(weights.group)
-    shared = ring + tokens * (weights.units * UNIT_COLUMNS + 16) + owned * TILE_ROWS * 4 * (tokens + 2)
-    shared += weights.units * _PLANE_BYTES if planes else _ZEROS
+    ring = _WARPS * slots * _STAGE_UNITS * _unit_bytes(weights.group)
+    shared = ring + owned * TILE_ROWS * 4 * (tokens + 2)
+    shared += weights.units * _PLANE_BYTES if planes else _ZEROS + tokens * (weights.units * UNIT_COLUMNS + 16)
     kernel("linear", "linear", _defines(defines, hopper)).launch(
         blocks,
         _WARPS * 32,

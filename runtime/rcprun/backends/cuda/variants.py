@@ -17,6 +17,13 @@ def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: 
     return {**shape, "MT": mt, "NT": nt, "CODES": codes}
 
 
+def _linear(tokens: int, a_bits: int, group: int, prologue: int, epilogue: int, paced: int) -> Definitions:
+    """Of linear.cu."""
+    planes = int(tokens == 1 and a_bits == 4 and group == 128)
+    form = {"GROUP": group, "TOKENS": tokens, "A_BITS": a_bits, "PROLOGUE": prologue, "EPILOGUE": epilogue}
+    return {**form, "PLANES": planes, "SLOTS": 4 if tokens == 1 else 3, "PACED": paced}
+
+
 VARIANTS: dict[str, tuple[Definitions, ...]] = {
     "attention": (
         {"HEAD_DIM": 128, "BITS": 4},
@@ -40,10 +47,10 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 2},
     ),
     "linear": (
-        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 1, "EPILOGUE": 0, "PLANES": 1, "STAGES": 3},
-        {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 2, "EPILOGUE": 1, "PLANES": 1, "STAGES": 3},
-        {"GROUP": 64, "TOKENS": 1, "A_BITS": 8, "PROLOGUE": 1, "EPILOGUE": 2, "PLANES": 0, "STAGES": 3},
-        {"GROUP": 128, "TOKENS": 8, "A_BITS": 4, "PROLOGUE": 0, "EPILOGUE": 0, "PLANES": 0, "STAGES": 3},
+        _linear(tokens=1, a_bits=4, group=128, prologue=1, epilogue=0, paced=1),
+        _linear(tokens=1, a_bits=4, group=128, prologue=2, epilogue=1, paced=0),
+        _linear(tokens=1, a_bits=8, group=64, prologue=1, epilogue=2, paced=1),
+        _linear(tokens=8, a_bits=4, group=128, prologue=0, epilogue=0, paced=0),
     ),
     "norm": (
         {"RCP_K": 4096, "RCP_THREADS": 512},

@@ -4,6 +4,7 @@
 // the A operand, whose order of columns is free as long as B agrees: B is 32 contiguous bytes of the token n = lane / 4.
 #pragma once
 
+#include "codes_in.cuh"
 #include "stream.cuh"
 
 // 16 columns (two products' worth) of rows g and g + 8: 16 codes a word, even ones at bits 4i, odd ones at 4i + 2.
@@ -18,16 +19,17 @@ __device__ __forceinline__ void multiply(int (&sum)[4], u32 low, u32 high, uint2
 
 struct Product {
     u32 mine, step, at;  // this lane's codes: of the tile's first stage, from unit to unit, of the next stage
+    u32 code, level;  // where the lane's codes and levels are in a unit
     int tokens, even[4], odd[4];
 
-    // code_MK: rows of `stride` bytes in shared memory. scratch: 32 bytes. Whole block, with a barrier after it.
-    __device__ __forceinline__ void prepare(const i8* code_MK, int stride, int m, int units, u8* scratch) {
+    // code_MK: rows of `stride` bytes in shared memory. zeros: 32 bytes.
+    __device__ __forceinline__ void prepare(const i8* code_MK, int stride, int m, const u8* zeros) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        if (threadIdx.x < 8) ((u32*)scratch)[threadIdx.x] = 0;
         // Lanes of a token that is not there read zeros, again and again.
-        mine = g < m ? shared_address(code_MK) + g * stride + t * 32 : shared_address(scratch);
+        mine = g < m ? shared_address(code_MK) + g * stride + t * 32 : shared_address(zeros);
         step = g < m ? 128 : 0;
         tokens = m;
+        code = kept(lane * 16), level = kept(levels_of_lane(lane));
 #pragma unroll
         for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0;
     }
@@ -36,13 +38,12 @@ struct Product {
 
     // Add two units, which lie in shared memory.
     __device__ __forceinline__ void add(u32 data) {
-        const int lane = threadIdx.x & 31;
-        const u32 code = data + lane * 16, level = data + levels_of_lane(lane), next = at + step;
-        const uint4 code0 = load4(code);
-        const uint2 level0 = load2(level);
+        const u32 next = at + step;
+        const uint4 code0 = load4(data + code);
+        const uint2 level0 = load2(data + level);
         const uint4 b0 = load4(at), b1 = load4(at + 16);
-        const uint4 code1 = load4(code + UNIT_BYTES);
-        const uint2 level1 = load2(level + UNIT_BYTES);
+        const uint4 code1 = load4(data + code + UNIT_BYTES);
+        const uint2 level1 = load2(data + level + UNIT_BYTES);
         const uint4 b2 = load4(next), b3 = load4(next + 16);
         at = next + step;
         multiply(even, code0.x, code0.y, level0, b0.x, b0.y, b0.z, b0.w);

@@ -60,6 +60,17 @@ __device__ __forceinline__ u32 masked_or(u32 word, u32 mask, u32 bits) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
     return result;
 }
+// Of each bit that of a where mask has it, else that of b.
+__device__ __forceinline__ u32 select_bits(u32 mask, u32 a, u32 b) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
+    return result;
+}
+// x, of which the compiler knows nothing more: it keeps it in a register and does not compute it anew in a loop.
+__device__ __forceinline__ u32 kept(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 // Of four bytes, those that the nibbles of the lower half of `selectors` select (0 to 3). __byte_perm would mask the
 // selectors once more, and plain shifts would be undone by the compiler, which prefers to mask and shift each half by
 // itself. Either costs a fifth of the loop.
@@ -80,6 +91,11 @@ __device__ __forceinline__ int dot_low(u32 halves, u32 bytes, int sum) {
 }
 __device__ __forceinline__ int dot_high(u32 halves, u32 bytes, int sum) {
     asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
+    return sum;
+}
+// sum + the four int8 of `bytes`.
+__device__ __forceinline__ int add_bytes(u32 bytes, int sum) {
+    asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(0x01010101));
     return sum;
 }
 
@@ -182,6 +198,15 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
         "}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// bytes: a multiple of 16, as both addresses are.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 template <int BYTES>
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 barrier) {

@@ -5,39 +5,46 @@
 
 #include "units.cuh"
 
-#ifndef STAGES
-#error "STAGES: of each warp's ring"
+#ifndef SLOTS
+#error "SLOTS: of each warp's ring"
+#endif
+
+#ifndef PACED
+#error "PACED: 1 while an earlier kernel runs: what it still reads would wait behind all that is asked for at once; else 0"
 #endif
 
 #define STAGE_UNITS 2
 #define STAGE_BYTES (STAGE_UNITS * UNIT_BYTES)
 
-// The stream of one warp, a stage at a time, through STAGES slots at `buffer` (each with a barrier at `barriers`).
+// The stream of one warp, a stage at a time, through SLOTS slots at `buffer` (each with a barrier at `barriers`).
 struct Ring {
     u32 buffer, barriers;
     const u8* from;
     int left;  // stages not asked for yet; on sm_90, in lane 0 only: it asks for all
+    u32 at = 0, barrier = 0, parity = 0;  // of the slot in turn: where it and its barrier lie, and its round
 
-    // Ask for the next stage, into a slot whose bytes are used up.
-    __device__ __forceinline__ void request(int slot) {
+    // Ask for the next stage, into the slot in turn, whose bytes are used up, and turn to the one after it.
+    __device__ __forceinline__ void next() {
 #if RCP_HOPPER
         if (left > 0) {
-            barrier_expect<STAGE_BYTES>(barriers + slot * 8);
-            copy_bulk<STAGE_BYTES>(buffer + slot * STAGE_BYTES, from, barriers + slot * 8);
+            barrier_expect<STAGE_BYTES>(barriers + barrier);
+            copy_bulk<STAGE_BYTES>(buffer + at, from, barriers + barrier);
+            --left, from += STAGE_BYTES;
         }
 #else
         if (left > 0)
-            for (int i = (threadIdx.x & 31) * 16; i < STAGE_BYTES; i += 512)
-                copy_async(buffer + slot * STAGE_BYTES + i, from + i);
+            for (int i = (threadIdx.x & 31) * 16; i < STAGE_BYTES; i += 512) copy_async(buffer + at + i, from + i);
         commit_copies();
+        --left, from += STAGE_BYTES;
 #endif
-        --left;
-        from += STAGE_BYTES;
+        at += STAGE_BYTES, barrier += 8;
+        if (barrier == 8 * SLOTS) at = barrier = 0, parity ^= 1;
     }
+    // Fill all slots. PACED: on sm_90 one stage at a time, each when the one before has come.
     __device__ __forceinline__ void start() {
 #if RCP_HOPPER
         if ((threadIdx.x & 31) == 0) {
-            for (int i = 0; i < STAGES; ++i) barrier_init(barriers + i * 8);
+            for (int i = 0; i < SLOTS; ++i) barrier_init(barriers + i * 8);
             barrier_init_done();
         } else {
             left = 0;
@@ -45,15 +52,23 @@ struct Ring {
         __syncwarp();
 #endif
 #pragma unroll
-        for (int i = 0; i < STAGES; ++i) request(i);
+        for (int i = 0; i < SLOTS; ++i) {
+#if RCP_HOPPER && PACED
+            if (i > 0 && left > 0) barrier_wait(barriers + barrier - 8, 0);
+#endif
+            next();
+        }
+        parity = 0;
+        __syncwarp();
     }
-    // Wait until the bytes of a slot are there for every lane. Slots come round in order; parity: of the round.
-    __device__ __forceinline__ void wait(int slot, int parity) const {
+    // Wait until the bytes of the slot in turn are there for every lane; where they are.
+    __device__ __forceinline__ u32 wait() const {
 #if RCP_HOPPER
-        barrier_wait(barriers + slot * 8, parity);
+        barrier_wait(barriers + barrier, parity);
 #else
-        wait_for_copies<STAGES - 1>();
+        wait_for_copies<SLOTS - 1>();
         __syncwarp();
 #endif
+        return buffer + at;
     }
 };
