@@ -35,9 +35,9 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
     ),
     "hadamard_plain": ({},),
     "head": (
-        {"RCP_D": 4096, "RCP_HALF": 0, "RCP_TILES": 1, "RCP_WARPS": 8},
-        {"RCP_D": 1001, "RCP_HALF": 1, "RCP_TILES": 1, "RCP_WARPS": 8},
-        {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 2},
+        {"RCP_D": 4096, "RCP_HALF": 0, "RCP_TILES": 1, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
+        {"RCP_D": 1001, "RCP_HALF": 1, "RCP_TILES": 1, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
+        {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
     ),
     "linear": (
         {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 1, "EPILOGUE": 0, "PLANES": 1, "STAGES": 3},
