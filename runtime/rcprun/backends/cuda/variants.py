@@ -63,7 +63,8 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
         {"HEAD_DIM": 20, "BITS": 4, "PALEY": 20, "HADAMARD": 20},
     ),
-    "sample": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 16390},),
+    "sample": ({"RCP_FIELDS": 18438, "RCP_QUADS": 2}, {"RCP_FIELDS": 18438, "RCP_QUADS": 8}),
+    "sample_all": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 18438},),
 }
 """Name of a `.cu` file to its definition sets, each of which defines all that the file asks for."""
 

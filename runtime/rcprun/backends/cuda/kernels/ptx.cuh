@@ -206,6 +206,12 @@ __device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, u
                  "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
                  ::"r"(to), "r"(barrier), "r"(block), "r"(value) : "memory");
 }
+// The same of two words, which cluster_arrive_release and cluster_wait make visible there.
+__device__ __forceinline__ void store_to_block(u32 block, u32 to, u64 value) {
+    asm volatile("{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1; st.shared::cluster.u64 [to], %2; }"
+                 ::"r"(to), "r"(block), "l"(value) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
