@@ -22,6 +22,8 @@ FEW = 128
 """The largest top_k of the fast way to draw; sample.cu has it as a constant."""
 _THREADS, _MOST_BLOCKS = 512, 8
 """Of sample.cu, for a row."""
+_STATIC_BYTES = 32 << 10
+"""Of shared memory that sample_few has besides what grows with the vocabulary, at most."""
 _ALL_THREADS = 1024
 _ALL_CHUNK = 4 * _ALL_THREADS
 """Of sample_all.cu: threads, and logits, of a block."""
@@ -113,13 +115,15 @@ def sample(
         *(logits_MV, state.numbers, state.top_k, state.random, state.token, state.position, state.history),
         *(state.length, state.workspace, np.int32(vocabulary), np.int32(state.history.shape[1])),
     ]
-    if greedy or few:
-        quads = -(-vocabulary // (4 * _THREADS * _MOST_BLOCKS))
+    device = cupy.cuda.Device()
+    quads = -(-vocabulary // (4 * _THREADS * _MOST_BLOCKS))
+    shared = 0 if greedy else 16 * _THREADS * quads
+    if greedy or (few and shared + _STATIC_BYTES <= int(device.attributes["MaxSharedMemoryPerBlockOptin"])):
         blocks = -(-vocabulary // (4 * _THREADS * quads))
-        clusters = hopper and int(cupy.cuda.Device().compute_capability) >= 90
+        cluster = blocks if hopper and int(device.compute_capability) >= 90 else 1
         defines = (("RCP_FIELDS", _FIELDS), ("RCP_QUADS", quads), *(() if hopper else ((NO_HOPPER, 1),)))
         kernel("sample", "sample_greedy" if greedy else "sample_few", defines).launch(
-            (blocks, rows, 1), _THREADS, arguments, cluster=blocks if clusters else 1, overlap=True
+            (blocks, rows, 1), _THREADS, arguments, shared=shared, cluster=cluster, overlap=True
         )
         return
     defines = (("RCP_CHUNK", _ALL_CHUNK), ("RCP_FIELDS", _FIELDS))

@@ -5,6 +5,7 @@
 //   sample_few      every top_k is from 1 to FEW, or the temperature 0; a row of another one fails (-1)
 //
 // Grid (ceil(V / CHUNK), M), at most MOST_BLOCKS along x; block THREADS. On sm_90 the blocks of a row are a cluster.
+// Dynamic shared memory of sample_few: 4·CHUNK bytes.
 //
 // Each block finds its k best logits, and a few more; the first one, or before sm_90 the last to finish, finds the k best
 // of these. To do so it counts keys by bins of top - l and takes those down to the bin with the k-th; if these are too
@@ -35,13 +36,14 @@ __device__ __forceinline__ u64 block_best(u64 key, u64* scratch) {
     return warp_best(lane < WARPS ? scratch[lane] : 0);
 }
 
-// This thread's penalized logits, as the upper halves of sort keys; 0 from V on.
+// This thread's penalized logits: the best of their keys, UNFIT if one was not finite before its penalty. In `orders`,
+// where not null, the upper halves of all keys, 0 from V on: memory of the block, though each thread sees its own only.
 struct Chunk {
-    u32 order[RCP_QUADS][4];
+    uint4* orders;
     i32 first;
-    u64 best;  // key of the thread; UNFIT if a logit was not finite before its penalty
+    u64 best;
 
-    __device__ __forceinline__ void load(const Row& row, const Arguments& a, i32 length) {
+    __device__ __forceinline__ Chunk(const Row& row, const Arguments& a, i32 length, uint4* orders) : orders(orders) {
         __shared__ u32 seen[CHUNK / 32];
         const i32 begin = blockIdx.x * CHUNK;
         first = begin + threadIdx.x * 4;
@@ -60,8 +62,6 @@ struct Chunk {
                 if (id + 3 < row.V) four.w = row.logits[id + 3];
             }
             x[q][0] = four.x, x[q][1] = four.y, x[q][2] = four.z, x[q][3] = four.w;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) magnitude = max(magnitude, __float_as_uint(x[q][j]) & 0x7fffffffu);
         }
         if (row.penalty != 1.0f) {
             for (int i = threadIdx.x; i < CHUNK / 32; i += THREADS) seen[i] = 0;
@@ -72,37 +72,36 @@ struct Chunk {
                 if (place >= 0 && place < CHUNK) atomicOr(&seen[place / 32], 1u << (place % 32));
             }
             __syncthreads();
-#pragma unroll
-            for (int q = 0; q < RCP_QUADS; ++q) {
-                const int place = threadIdx.x * 4 + q * THREADS * 4;
-                const u32 bits = seen[place / 32] >> (place % 32);
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (bits >> j & 1)
-                        x[q][j] = x[q][j] > 0.0f ? __fdiv_rn(x[q][j], row.penalty) : __fmul_rn(x[q][j], row.penalty);
-            }
         }
         best = 0;
 #pragma unroll
         for (int q = 0; q < RCP_QUADS; ++q) {
+            const int place = threadIdx.x * 4 + q * THREADS * 4;
+            const u32 bits = row.penalty != 1.0f ? seen[place / 32] >> (place % 32) : 0;
+            u32 order[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const i32 id = first + q * THREADS * 4 + j;
-                const u64 key = id < row.V ? sort_key(x[q][j], id) : 0;
-                order[q][j] = key >> 32;
+                float y = x[q][j];
+                magnitude = max(magnitude, __float_as_uint(y) & 0x7fffffffu);
+                if (bits >> j & 1) y = y > 0.0f ? __fdiv_rn(y, row.penalty) : __fmul_rn(y, row.penalty);
+                const u64 key = begin + place + j < row.V ? sort_key(y, begin + place + j) : 0;
                 best = key > best ? key : best;
+                order[j] = key >> 32;
             }
+            if (orders) orders[q * THREADS + threadIdx.x] = make_uint4(order[0], order[1], order[2], order[3]);
         }
         if (magnitude >= 0x7f800000u) best = UNFIT;
     }
 
     template <class Use>
     __device__ __forceinline__ void each(Use use) const {
-#pragma unroll
+#pragma unroll 1
         for (int q = 0; q < RCP_QUADS; ++q) {
+            const uint4 four = orders[q * THREADS + threadIdx.x];
+            const u32 order[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                if (order[q][j]) use((u64)order[q][j] << 32 | (u32)~(first + q * THREADS * 4 + j));
+                if (order[j]) use((u64)order[j] << 32 | (u32)~(first + q * THREADS * 4 + j));
         }
     }
 };
@@ -233,8 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_greedy(PARAMETERS) 
     const Row row(a);
     const State state(a);
     __shared__ u64 scratch[WARPS];
-    Chunk chunk;
-    chunk.load(row, a, state.length);
+    const Chunk chunk(row, a, state.length, nullptr);
     const u64 best = block_best(chunk.best, scratch);
     Lists lists;
     if (!bring_together<1>(row, best, 1, lists) || threadIdx.x >= 32) return;
@@ -263,10 +261,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_few(PARAMETERS) {
     const bool few = k >= 1 && k <= FEW;
     const i32 capacity = few ? k + max(k, 32) : 1;
     static_assert(FEW >= 32);
+    extern __shared__ __align__(16) uint4 orders[];
     __shared__ Selection s;
     __shared__ u64 best_of_warp[2][WARPS];
-    Chunk chunk;
-    chunk.load(row, a, state.length);
+    const Chunk chunk(row, a, state.length, orders);
     const u64 best = few ? block_best(chunk.best, best_of_warp[0]) : UNFIT;
     u64 mine = threadIdx.x == 0 ? best : 0;
     if (finite(logit_of(best))) {
