@@ -17,6 +17,8 @@ from rcprun.backends.cuda.launch import check, kernel, multiprocessors
 _WARPS, _SEGMENT, _STAGES = 8, 512, 3
 """Of a block, one on each multiprocessor; bytes of a row in a stage of a warp; stages of 8 rows that a warp has under
 way: 108 KiB in all, which leaves room for the tokens and for a block of the kernel before."""
+_BULK = 1
+"""Bulk copies on GPUs that have them; 0: cp.async, in sixteen bytes a lane."""
 _TOKENS = 32
 """Of one launch, at most: more of them read the table again."""
 
@@ -60,7 +62,7 @@ def _launches(table_VD: cupy.ndarray, tokens: int) -> Iterator[tuple[slice, Call
     token = -(-width * table_VD.itemsize // 128) * 128 + 64
     most = min(_TOKENS, (int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]) - ring) // token)
     assert most > 0, f"hidden_size {width}: one token does not fit into shared memory"
-    sizes = (("RCP_SEGMENT", _SEGMENT), ("RCP_STAGES", _STAGES), ("RCP_WARPS", _WARPS))
+    sizes = (("RCP_SEGMENT", _SEGMENT), ("RCP_STAGES", _STAGES), ("RCP_WARPS", _WARPS), ("RCP_BULK", _BULK))
     blocks = min(multiprocessors(), -(-vocabulary // (8 * _WARPS)))
     for first in range(0, tokens, most):
         rows = slice(first, min(first + most, tokens))

@@ -11,6 +11,11 @@ ARCHITECTURES = (80, 89, 90)
 Definitions = dict[str, int]
 
 
+def _head(width: int, half: int, tiles: int, segment: int, stages: int, bulk: int) -> Definitions:
+    shape = {"RCP_D": width, "RCP_HALF": half, "RCP_TILES": tiles, "RCP_WARPS": 8}
+    return {**shape, "RCP_SEGMENT": segment, "RCP_STAGES": stages, "RCP_BULK": bulk}
+
+
 def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: int, codes: int) -> Definitions:
     """Of hadamard.cu."""
     shape = {"DENSE": dense, "COLUMNS": columns, "GROUPS": groups, "ROW_PARTS": row_parts}
@@ -35,9 +40,9 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
     ),
     "hadamard_plain": ({},),
     "head": (
-        {"RCP_D": 4096, "RCP_HALF": 0, "RCP_TILES": 1, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
-        {"RCP_D": 1001, "RCP_HALF": 1, "RCP_TILES": 1, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
-        {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 8, "RCP_SEGMENT": 512, "RCP_STAGES": 3},
+        _head(4096, half=0, tiles=1, segment=512, stages=3, bulk=1),
+        _head(1001, half=1, tiles=1, segment=512, stages=3, bulk=1),
+        _head(192, half=0, tiles=4, segment=1024, stages=2, bulk=0),
     ),
     "linear": (
         {"GROUP": 128, "TOKENS": 1, "A_BITS": 4, "PROLOGUE": 1, "EPILOGUE": 0, "PLANES": 1, "STAGES": 3},

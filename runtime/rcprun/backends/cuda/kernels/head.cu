@@ -11,7 +11,7 @@
 // 8·RCP_WARPS·RCP_STAGES bytes of barriers. Block 32·RCP_WARPS; any grid. Table aligned to 16 bytes.
 //
 // Each warp has an equal share of adjacent rows, in tiles of up to 8, and streams them, RCP_SEGMENT bytes of a tile's
-// rows at a time, through a ring of its own: bulk copies on sm_90, cp.async before, single bytes where rows are not
+// rows at a time, through a ring of its own: bulk copies, cp.async, or single bytes where rows are not
 // aligned to 16 bytes. Warps never wait for each other.
 // In 64 bytes of rows, lane (g = lane / 4, t = lane % 4) has chunk t of 16 bytes of row g, and of tokens g and 8 + g. The
 // order of a contraction is free, so that chunk words 2i and 2i + 1 of both operands are registers of the i-th mma:
@@ -38,6 +38,11 @@
 #ifndef RCP_STAGES
 #error "RCP_STAGES: of each warp's ring"
 #endif
+#ifndef RCP_BULK
+#error "RCP_BULK: 1 for bulk copies where there are any, 0 for cp.async"
+#endif
+
+#define BULK (RCP_HOPPER && RCP_BULK)
 
 constexpr int SIZE = RCP_HALF ? 2 : 1;                             // bytes of a table entry
 constexpr int ROW_BYTES = RCP_D * SIZE;                            // of the table
@@ -75,7 +80,7 @@ struct Stream {
     __device__ __forceinline__ i32 row(i32 tile) const { return from + (i32)((u32)(to - from) * tile / tiles); }
 
     __device__ __forceinline__ void start(const u8* table) {
-#if RCP_HOPPER
+#if BULK
         if (ALIGNED && (threadIdx.x & 31) == 0) {
             for (int i = 0; i < RCP_STAGES; ++i) barrier_init(barriers + i * 8);
             barrier_init_done();
@@ -103,7 +108,7 @@ struct Stream {
                         store1(place + r * STRIDE + i, word);
                     }
             } else {
-#if RCP_HOPPER
+#if BULK
                 if (lane == 0) barrier_expect(barriers + slot * 8, count * bytes);
                 __syncwarp();
                 if (lane < count)
@@ -116,14 +121,14 @@ struct Stream {
             }
             if (++segment == SEGMENTS) segment = 0, ++tile;
         }
-#if !RCP_HOPPER
+#if !BULK
         if constexpr (ALIGNED) commit_copies();
 #endif
     }
 
     // Until a slot's bytes are there for every lane. Slots come round in order; parity: of the round.
     __device__ __forceinline__ void wait(int slot, int parity) const {
-#if RCP_HOPPER
+#if BULK
         if constexpr (ALIGNED) return barrier_wait(barriers + slot * 8, parity);
 #else
         if constexpr (ALIGNED) wait_for_copies<RCP_STAGES - 1>();
