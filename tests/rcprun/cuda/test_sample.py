@@ -28,7 +28,15 @@ OPTIONS = [
     FULL | {"min_p": 0.125, "temperature": 3.0},
     FULL | {"min_p": 1.0},
     {"top_k": 50, "top_p": 0.75, "min_p": 0.03125, "temperature": 1.5},
+    FULL | {"top_k": 128, "temperature": 2.0},
+    FULL | {"top_k": 33, "top_p": 0.5, "temperature": 0.5},
 ]
+WAYS: dict[str, dict[str, bool]] = {
+    "all": {"greedy": False},
+    "few": {"greedy": False, "few": True},
+    "few, older": {"greedy": False, "few": True, "hopper": False},
+}
+"""Arguments of `sample`."""
 
 
 def philox(seed: int, counter: int) -> list[int]:
@@ -99,14 +107,17 @@ def test_the_reference_here_is_that_of_the_runtime() -> None:
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 3.0, 50.0])
 @pytest.mark.parametrize("vocabulary", [128256, 32000, 4097, 300, 2, 1])
-def test_choices_are_numpys(vocabulary: int, scale: float) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_choices_are_numpys(vocabulary: int, scale: float, way: str) -> None:
     """All options at once, a row each, for some steps. Logits within 0.001 of each other all lie in one bin."""
     import cupy
 
-    from rcprun.backends.cuda.sample import sample
+    from rcprun.backends.cuda.sample import draws_from_few, sample
 
     rng = np.random.default_rng(vocabulary)
     options = [SamplingOptions(**fields) for fields in OPTIONS]  # type: ignore[arg-type]
+    if way != "all":
+        options = [option for option in options if draws_from_few(option)]
     histories = [rng.integers(0, vocabulary, n).tolist() for n in rng.integers(0, 200, len(options))]
     seeds = [int(seed) for seed in rng.integers(0, 2**64, len(options), dtype=np.uint64)]
     state = new_state(options, seeds, histories, vocabulary)
@@ -115,7 +126,7 @@ def test_choices_are_numpys(vocabulary: int, scale: float) -> None:
         logits = (rng.normal(size=(len(options), vocabulary)) * scale).astype(np.float32)
         if step % 2:
             logits = np.round(logits, 1 if scale >= 1 else 4)  # with ties
-        sample(cupy.asarray(logits), state, greedy=False)
+        sample(cupy.asarray(logits), state, **WAYS[way])
         tokens = state.token.get().tolist()
         for row, (option, history) in enumerate(zip(options, histories, strict=True)):
             expected, margin = chosen(logits[row], option, history, uniform(seeds[row], step))
@@ -132,39 +143,76 @@ def test_choices_are_numpys(vocabulary: int, scale: float) -> None:
     assert close <= 2
 
 
-def test_greedy_alone_takes_the_first_of_equals() -> None:
+@pytest.mark.parametrize("hopper", [True, False])
+def test_greedy_alone_takes_the_first_of_equals(hopper: bool) -> None:
     import cupy
 
     from rcprun.backends.cuda.sample import sample
 
     rng = np.random.default_rng(0)
-    for vocabulary in (5, 32000, 100000):
+    for vocabulary in (5, 32000, 100000, 128256):
         state = new_state([SamplingOptions(temperature=0)] * 3, [0] * 3, [[1]] * 3, vocabulary)
         for _ in range(3):
             logits = np.round(rng.normal(size=(3, vocabulary)) * 3).astype(np.float32)
             logits[1] = 0
             logits[2, rng.integers(vocabulary)] *= -0.0
-            sample(cupy.asarray(logits), state, greedy=True)
+            sample(cupy.asarray(logits), state, greedy=True, hopper=hopper)
             assert state.token.get().tolist() == logits.argmax(axis=1).tolist()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_choose_the_same_tokens(way: str) -> None:
+    """To the bit, state and all: of ties in their thousands, of logits far apart, and of too few."""
+    import cupy
+
+    from rcprun.backends.cuda.sample import sample
+
+    rng = np.random.default_rng(5)
+    options = [SamplingOptions(**USUAL | {"top_k": k}) for k in (1, 7, 40, 128)]  # type: ignore[arg-type]
+    for vocabulary in (20, 9000):
+        plain, other = (new_state(options, [1, 2, 3, 4], [[]] * 4, vocabulary) for _ in range(2))
+        for step in range(12):
+            logits = rng.normal(size=(4, vocabulary)) * [0.0, 1e-6, 0.5, 2e37][step % 4]
+            logits[:, rng.integers(vocabulary, size=step)] += 1
+            on_gpu = cupy.asarray(logits.astype(np.float32))
+            sample(on_gpu, plain, greedy=False)
+            sample(on_gpu, other, **WAYS[way])
+        for name in ("token", "position", "history", "length", "random"):
+            np.testing.assert_array_equal(getattr(plain, name).get(), getattr(other, name).get(), name)
+
+
+def test_a_row_that_needs_the_slow_way_fails_in_the_fast_one() -> None:
+    import cupy
+
+    from rcprun.backends.cuda.sample import FAILED, FEW, sample
+
+    options = [SamplingOptions(top_k=k, top_p=0.0) for k in (0, FEW + 1, FEW)]
+    state = new_state(options, [1, 2, 3], [[]] * 3, 3000)
+    logits = np.zeros((3, 3000), dtype=np.float32)
+    logits[:, 2999] = 1
+    sample(cupy.asarray(logits), state, greedy=False, few=True)
+    assert state.token.get().tolist() == [FAILED, FAILED, 2999]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_fail_their_row_only(poison: float, temperature: float) -> None:
+def test_logits_that_are_not_finite_fail_their_row_only(poison: float, temperature: float, way: str) -> None:
     import cupy
 
     from rcprun.backends.cuda.sample import FAILED, sample
 
     vocabulary = 9000
-    state = new_state([SamplingOptions(temperature=temperature)] * 2, [1, 2], [[], []], vocabulary)
+    arguments = WAYS[way] | {"greedy": temperature == 0}
+    state = new_state([SamplingOptions(temperature=temperature, top_k=40)] * 2, [1, 2], [[], []], vocabulary)
     logits = np.zeros((2, vocabulary), dtype=np.float32)
     logits[:, 77] = 50
     for place in (0, vocabulary - 1):
         broken = logits.copy()
         broken[0, place] = poison
-        sample(cupy.asarray(broken), state, greedy=temperature == 0)
+        sample(cupy.asarray(broken), state, **arguments)
         assert state.token.get().tolist() == [FAILED, 77]
-    sample(cupy.asarray(logits), state, greedy=temperature == 0)
+    sample(cupy.asarray(logits), state, **arguments)
     assert state.token.get().tolist() == [77, 77]
 
 
@@ -186,22 +234,23 @@ def test_draws_follow_the_distribution() -> None:
     assert np.abs(counts / (rows * steps) - expected).max() < 0.03  # four standard deviations
 
 
-def test_a_graph_replays_new_draws() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_a_graph_replays_new_draws(few: bool) -> None:
     """The same tokens as launches one by one: all that changes lies on the GPU."""
     import cupy
 
     from rcprun.backends.cuda.sample import sample
 
     logits = cupy.asarray(np.random.default_rng(3).normal(size=(2, 32000)).astype(np.float32))
-    options = [SamplingOptions(**FULL | {"repeat_penalty": 1.5})] * 2  # type: ignore[arg-type]
+    options = [SamplingOptions(**FULL | {"repeat_penalty": 1.5, "top_k": 100 if few else 0})] * 2  # type: ignore[arg-type]
     plain, replayed = (new_state(options, [5, 2**63], [[], [1, 2]], 32000) for _ in range(2))
     for _ in range(5):
-        sample(logits, plain, greedy=False)
+        sample(logits, plain, greedy=False, few=few)
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
         stream.begin_capture()
-        sample(logits, replayed, greedy=False)
+        sample(logits, replayed, greedy=False, few=few)
         graph = stream.end_capture()
         for _ in range(5):
             graph.launch(stream)

@@ -177,6 +177,14 @@ static unsigned __reduce_max_sync(unsigned mask, unsigned value) {
         for (int i = 0; i < 32; ++i) out[i] = most;
     });
 }
+static unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+    check_mask(mask);
+    return together<unsigned>("__reduce_add_sync", value, [](const unsigned* in, unsigned* out) {
+        unsigned sum = 0;
+        for (int i = 0; i < 32; ++i) sum += in[i];
+        for (int i = 0; i < 32; ++i) out[i] = sum;
+    });
+}
 
 // ---- Memory
 

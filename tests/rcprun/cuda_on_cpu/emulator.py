@@ -39,7 +39,8 @@ _STACK_BYTES = (128 << 10) + 832
 """Of a thread. No power of two: stacks would share the same few sets of the cache."""
 
 _OPTIONS = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-DSTACK_BYTES={_STACK_BYTES}", "-U_FORTIFY_SOURCE")
-_OPTIONS += ("-ffp-contract=off", "-fno-strict-aliasing", "-fno-extern-tls-init")
+# The last one: else shared memory that an inline function declares would be one for all libraries, of one size.
+_OPTIONS += ("-ffp-contract=off", "-fno-strict-aliasing", "-fno-extern-tls-init", "-fno-gnu-unique")
 _OPTIONS += ("-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error")
 _CODES = {np.int32: "i", np.uint32: "I", np.int64: "q", np.uint64: "Q", np.float32: "f"}
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\w+\) (\w+) (\w+)\[\];")

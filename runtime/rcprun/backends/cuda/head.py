@@ -14,12 +14,13 @@ import numpy as np
 
 from rcprun.backends.cuda.launch import check, kernel, multiprocessors
 
-_WARPS = 8
-"""In a block, at most; two such blocks fill a multiprocessor's registers."""
+_WARPS, _SEGMENT, _STAGES = 8, 512, 3
+"""Of a block, one on each multiprocessor; bytes of a row in a stage of a warp; stages of 8 rows that a warp has under
+way: 108 KiB in all, which leaves room for the tokens and for a block of the kernel before."""
+_BULK = 1
+"""Bulk copies on GPUs that have them; 0: cp.async, in sixteen bytes a lane."""
 _TOKENS = 32
 """Of one launch, at most: more of them read the table again."""
-_PARTIAL_BYTES = 2 * 160 * 4
-"""Of the partial sums of one warp and eight tokens, twice."""
 
 
 def head_int8(
@@ -57,33 +58,18 @@ def _launches(table_VD: cupy.ndarray, tokens: int) -> Iterator[tuple[slice, Call
     """The rows of each launch, and what launches the kernel with given arguments."""
     vocabulary, width = table_VD.shape
     half = table_VD.dtype == np.float16
-    units = -(-width * table_VD.itemsize // 128)
-    turns = -(-units // _WARPS)
-    warps = -(-units // turns)
-    row_bytes = units * 128 + 64
-    limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    for most in range(_TOKENS, 0, -1):
-        if _shared_bytes(warps, most, row_bytes) <= limit:
-            break
-    else:
-        raise AssertionError(f"hidden_size {width}: one token does not fit into {limit} bytes of shared memory")
+    ring = _WARPS * _STAGES * (8 * (_SEGMENT + 64) + 8)
+    token = -(-width * table_VD.itemsize // 128) * 128 + 64
+    most = min(_TOKENS, (int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]) - ring) // token)
+    assert most > 0, f"hidden_size {width}: one token does not fit into shared memory"
+    sizes = (("RCP_SEGMENT", _SEGMENT), ("RCP_STAGES", _STAGES), ("RCP_WARPS", _WARPS), ("RCP_BULK", _BULK))
+    blocks = min(multiprocessors(), -(-vocabulary // (8 * _WARPS)))
     for first in range(0, tokens, most):
         rows = slice(first, min(first + most, tokens))
         count = rows.stop - rows.start
-        shared = _shared_bytes(warps, count, row_bytes)
-        blocks = multiprocessors() * max(1, min(2 * _WARPS // warps, limit // shared))
-        defines = (("RCP_D", width), ("RCP_HALF", int(half)), ("RCP_TILES", -(-count // 8)), ("RCP_WARPS", warps))
+        defines = (("RCP_D", width), ("RCP_HALF", int(half)), ("RCP_TILES", -(-count // 8)), *sizes)
+        program = kernel("head", "head_half" if half else "head_int8", defines)
         yield (
             rows,
-            partial(
-                kernel("head", "head_half" if half else "head_int8", defines).launch,
-                min(-(-vocabulary // 16), blocks),
-                32 * warps,
-                shared=shared,
-                overlap=True,
-            ),
+            partial(program.launch, blocks, 32 * _WARPS, shared=ring + count * token, overlap=True),
         )
-
-
-def _shared_bytes(warps: int, tokens: int, row_bytes: int) -> int:
-    return warps * -(-tokens // 8) * _PARTIAL_BYTES + tokens * row_bytes

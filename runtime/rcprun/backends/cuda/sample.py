@@ -1,4 +1,4 @@
-"""Chooses next tokens on the GPU, as rcprun.sampling does on the CPU. Launches kernels/sample.cu.
+"""Chooses next tokens on the GPU, as rcprun.sampling does on the CPU. Launches kernels/sample.cu and sample_all.cu.
 
 The draws have a random stream of their own: a seed gives other tokens than on the CPU, from the same distribution.
 Where logits tie at the top_k-th place, the smaller ids are kept. Knows nothing of models or text.
@@ -15,14 +15,20 @@ from typing import Self
 import cupy
 import numpy as np
 
-from rcprun.backends.cuda.launch import check, kernel
+from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel
 from rcprun.sampling import REPEAT_WINDOW, SamplingOptions
 
-_THREADS = 1024
-_CHUNK = 4 * _THREADS
-_FIELDS = 3 + 4096 + 3 * 4097
-"""64-bit words of a row's workspace, besides three for each token of the vocabulary; sample.cu checks it."""
-_DEFINES = (("RCP_CHUNK", _CHUNK), ("RCP_FIELDS", _FIELDS))
+FEW = 128
+"""The largest top_k of the fast way to draw; sample.cu has it as a constant."""
+_THREADS, _MOST_BLOCKS = 512, 8
+"""Of sample.cu, for a row."""
+_STATIC_BYTES = 32 << 10
+"""Of shared memory that sample_few has besides what grows with the vocabulary, at most."""
+_ALL_THREADS = 1024
+_ALL_CHUNK = 4 * _ALL_THREADS
+"""Of sample_all.cu: threads, and logits, of a block."""
+_FIELDS = 3 + 8 * 256 + 4096 + 3 * 4097
+"""64-bit words of a row's workspace, besides three for each token of the vocabulary; sample.cuh checks it."""
 _VOCABULARY_LIMIT = 1 << 20
 _LARGEST_TEMPERATURE = 1e30
 """Beyond it nothing changes, and infinity would divide infinite differences."""
@@ -81,11 +87,19 @@ class SamplerState:
         self.length[row : row + 1].set(np.array([len(tokens)], dtype=np.int32))
 
 
-def sample(logits_MV: cupy.ndarray, state: SamplerState, *, greedy: bool) -> None:
+def draws_from_few(options: SamplingOptions) -> bool:
+    """Whether `sample` may be told `few` for a row with these options."""
+    return options.temperature == 0 or 0 < options.top_k <= FEW
+
+
+def sample(
+    logits_MV: cupy.ndarray, state: SamplerState, *, greedy: bool, few: bool = False, hopper: bool = True
+) -> None:
     """Choose a token for each row of float32 logits, and advance the state.
 
-    greedy: every row's temperature is 0, and the kernels that draw are not launched. A row whose logits are not finite
-    gets the token FAILED.
+    greedy: every row's temperature is 0. few: each row's options satisfy draws_from_few. Either is faster, and a row of
+    which it is not true gets the token FAILED or, if `greedy`, its likeliest. A row whose logits are not finite gets
+    FAILED. hopper: False for the way of older GPUs, which they take by themselves.
     """
     check(logits_MV, "logits", np.float32, (None, None))
     rows, vocabulary = logits_MV.shape
@@ -101,5 +115,18 @@ def sample(logits_MV: cupy.ndarray, state: SamplerState, *, greedy: bool) -> Non
         *(logits_MV, state.numbers, state.top_k, state.random, state.token, state.position, state.history),
         *(state.length, state.workspace, np.int32(vocabulary), np.int32(state.history.shape[1])),
     ]
-    for name in ("sample_top",) if greedy else ("sample_top", "sample_histogram", "sample_draw"):
-        kernel("sample", name, _DEFINES).launch((-(-vocabulary // _CHUNK), rows, 1), _THREADS, arguments, overlap=True)
+    device = cupy.cuda.Device()
+    quads = -(-vocabulary // (4 * _THREADS * _MOST_BLOCKS))
+    shared = 0 if greedy else 16 * _THREADS * quads
+    if greedy or (few and shared + _STATIC_BYTES <= int(device.attributes["MaxSharedMemoryPerBlockOptin"])):
+        blocks = -(-vocabulary // (4 * _THREADS * quads))
+        cluster = blocks if hopper and int(device.compute_capability) >= 90 else 1
+        defines = (("RCP_FIELDS", _FIELDS), ("RCP_QUADS", quads), *(() if hopper else ((NO_HOPPER, 1),)))
+        kernel("sample", "sample_greedy" if greedy else "sample_few", defines).launch(
+            (blocks, rows, 1), _THREADS, arguments, shared=shared, cluster=cluster, overlap=True
+        )
+        return
+    defines = (("RCP_CHUNK", _ALL_CHUNK), ("RCP_FIELDS", _FIELDS))
+    for name in ("sample_top", "sample_histogram", "sample_draw"):
+        grid = (-(-vocabulary // _ALL_CHUNK), rows, 1)
+        kernel("sample_all", name, defines).launch(grid, _ALL_THREADS, arguments, overlap=True)

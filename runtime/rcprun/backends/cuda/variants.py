@@ -11,6 +11,11 @@ ARCHITECTURES = (80, 89, 90)
 Definitions = dict[str, int]
 
 
+def _head(width: int, half: int, tiles: int, segment: int, stages: int, bulk: int) -> Definitions:
+    shape = {"RCP_D": width, "RCP_HALF": half, "RCP_TILES": tiles, "RCP_WARPS": 8}
+    return {**shape, "RCP_SEGMENT": segment, "RCP_STAGES": stages, "RCP_BULK": bulk}
+
+
 def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: int, codes: int) -> Definitions:
     """Of hadamard.cu."""
     shape = {"DENSE": dense, "COLUMNS": columns, "GROUPS": groups, "ROW_PARTS": row_parts}
@@ -42,9 +47,9 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
     ),
     "hadamard_plain": ({},),
     "head": (
-        {"RCP_D": 4096, "RCP_HALF": 0, "RCP_TILES": 1, "RCP_WARPS": 8},
-        {"RCP_D": 1001, "RCP_HALF": 1, "RCP_TILES": 1, "RCP_WARPS": 8},
-        {"RCP_D": 192, "RCP_HALF": 0, "RCP_TILES": 4, "RCP_WARPS": 2},
+        _head(4096, half=0, tiles=1, segment=512, stages=3, bulk=1),
+        _head(1001, half=1, tiles=1, segment=512, stages=3, bulk=1),
+        _head(192, half=0, tiles=4, segment=1024, stages=2, bulk=0),
     ),
     "linear": (
         _linear(tokens=1, a_bits=4, group=128, prologue=1, epilogue=0, paced=1),
@@ -70,7 +75,8 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
         {"HEAD_DIM": 20, "BITS": 4, "PALEY": 20, "HADAMARD": 20},
     ),
-    "sample": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 16390},),
+    "sample": ({"RCP_FIELDS": 18438, "RCP_QUADS": 2}, {"RCP_FIELDS": 18438, "RCP_QUADS": 8}),
+    "sample_all": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 18438},),
 }
 """Name of a `.cu` file to its definition sets, each of which defines all that the file asks for."""
 

@@ -146,6 +146,9 @@ __device__ __forceinline__ uint4 load4(u32 address) {
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
+__device__ __forceinline__ void store1(u32 address, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 // One or two registers of b of mma from 16 rows of 8 or 16 bf16 or f16 in shared memory, row-major. address: of row
 // lane % 16, and for two, of column 8 (lane / 16); a multiple of 16.
 __device__ __forceinline__ void load_b(u32& b0, u32& b1, u32 address) {
@@ -214,12 +217,26 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 barrier)
                  "l"(from), "n"(BYTES), "r"(barrier)
                  : "memory");
 }
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 // A word to where `to` is in another block of the cluster, counted by what `barrier` is there.
 __device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, u32 value) {
     asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
                  "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
                  ::"r"(to), "r"(barrier), "r"(block), "r"(value) : "memory");
 }
+// The same of two words, which cluster_arrive_release and cluster_wait make visible there.
+__device__ __forceinline__ void store_to_block(u32 block, u32 to, u64 value) {
+    asm volatile("{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1; st.shared::cluster.u64 [to], %2; }"
+                 ::"r"(to), "r"(block), "l"(value) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif

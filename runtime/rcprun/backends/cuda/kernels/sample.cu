@@ -1,398 +1,316 @@
-// The next token of each row of logits, chosen as rcprun/sampling.py chooses it, and what the next step needs.
+// The next token of each row of logits, chosen as rcprun/sampling.py chooses it, and what the next step needs. The
+// parameters are those of sample.cuh.
 //
-//   logits     f32  [M][V]              V < 2^20
-//   numbers    f32  [M][4]              temperature, top_p, min_p, repeat_penalty
-//   top_k      i32  [M]
-//   random     u32  [M][4]              seed, then the launches since it was set: 64 bits each, low word first
-//   token      i32  [M]                 out: the choice, -1 where logits are not finite; the embedding reads it
-//   position   i32  [M]                 += 1: place of `token` in its sequence
-//   history    i32  [M][ring]           all tokens so far, token i at i % ring; ring >= RECENT
-//   length     i32  [M]                 tokens so far, the prompt's included; += 1
-//   workspace  u64  [M][RCP_FIELDS + 3·V]   zeros before the first launch, and left so that the next one may start
+//   sample_greedy   every temperature is 0
+//   sample_few      every top_k is from 1 to FEW, or the temperature 0; a row of another one fails (-1)
 //
-// Grid (ceil(V / RCP_CHUNK), M), block 1,024, for each of three kernels in a row: sample_top, which is all that greedy
-// rows (temperature 0) need; sample_histogram and sample_draw, which pass over greedy rows.
+// Grid (ceil(V / CHUNK), M), at most MOST_BLOCKS along x; block THREADS. On sm_90 the blocks of a row are a cluster.
+// Dynamic shared memory of sample_few: 4·CHUNK bytes.
 //
-// Order: tokens are sorted by penalized logit, larger first, then by id, smaller first: by `sort_key`, larger first.
-// Each has three masses: 1; its weight exp(l - top); its tempered weight exp((l - top) / temperature), or 0 where
-// min-p drops it. Weights are integers, in units of 2^-44, so that sums are exact and come out the same in any order.
-// All that sampling does is to find the last token whose predecessors' mass is below a target:
-//   top-k   mass 1, target k
-//   top-p   weight, target top_p · (weight of the top k)
-//   draw    tempered weight, target 1 + floor(uniform · (tempered weight of those kept)).
-// sample_histogram adds masses up by bins of top - l, sample_draw gathers the tokens by bin, down to the bin with the
-// k-th, and its last block searches in three bins.
-#include "common.cuh"
+// Each block finds its k best logits, and a few more; the first one, or before sm_90 the last to finish, finds the k best
+// of these. To do so it counts keys by bins of top - l and takes those down to the bin with the k-th; if these are too
+// many, bins of that bin. The rest is done with k tokens, by one warp.
+#include "sample.cuh"
 
-#ifndef RCP_CHUNK
-#error "RCP_CHUNK: logits of a block"
-#endif
-#ifndef RCP_FIELDS
-#error "RCP_FIELDS: words of a row's workspace, besides those that grow with V"
+#ifndef RCP_QUADS
+#error "RCP_QUADS: fours of adjacent logits that a thread has"
 #endif
 
-constexpr int THREADS = 1024;
-constexpr int PER_THREAD = RCP_CHUNK / THREADS;
-constexpr int RECENT = 64;                   // REPEAT_WINDOW of sampling.py
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr int CHUNK = THREADS * 4 * RCP_QUADS;
+constexpr int FEW = MOST_LISTED / 2;
+constexpr int LARGEST_SHIFT = 23 - 6;  // 64 bins for top - l in [0, 1), then for [1, 3), …; the last of THREADS bins has the rest
 
-constexpr int BINS = 4096;  // 512 for top - l in [0, 1), then for [1, 3), [3, 7), …; the last holds the rest
-constexpr int BIN_SHIFT = 23 - 9;
-constexpr double UNIT = 17592186044416.0;  // 2^44
-
-enum Mass { COUNT, WEIGHT, TEMPERED, MASSES, KEY = COUNT };  // gathered tokens have a key where each counts 1
-
-// A row's workspace, in 64-bit words.
-enum Field {
-    TOP,                                      // largest sort key; UNFIT if a logit is not finite
-    ARRIVED,                                  // blocks that have finished the kernel
-    LAST_BIN,                                 // bin of the top_k-th token
-    CURSOR,                                   // [BINS] where the next token of each bin goes
-    BEFORE = CURSOR + BINS,                   // [MASSES][BINS + 1] masses of each bin, then of all before it
-    GATHERED = BEFORE + MASSES * (BINS + 1),  // [MASSES][V] tokens by bin: sort key, weight, tempered weight
-};
-static_assert(GATHERED == RCP_FIELDS && RCP_CHUNK % THREADS == 0 && THREADS % 32 == 0 && BINS % THREADS == 0);
-constexpr u64 UNFIT = ~0ull;
-
-// Every kernel's parameters, and what hands them on.
-#define PARAMETERS                                                                                     \
-    const float *logits, const float *numbers, const i32 *top_k, u32 *random, i32 *token, i32 *position, \
-        i32 *history, i32 *length, u64 *workspace, i32 V, i32 ring
-#define ARGUMENTS \
-    Arguments { logits, numbers, top_k, random, token, position, history, length, workspace, V, ring }
-
-struct Arguments {
-    const float *logits, *numbers;
-    const i32* top_k;
-    u32* random;
-    i32 *token, *position, *history, *length;
-    u64* workspace;
-    i32 V, ring;
-};
-
-struct Row {
-    const float* logits;
-    float temperature, top_p, min_p, penalty;
-    i32 top_k, V;
-    u64* field;
-
-    __device__ __forceinline__ explicit Row(const Arguments& a) {
-        const int m = blockIdx.y;
-        logits = a.logits + (i64)m * a.V;
-        temperature = a.numbers[4 * m], top_p = a.numbers[4 * m + 1];
-        min_p = a.numbers[4 * m + 2], penalty = a.numbers[4 * m + 3];
-        top_k = a.top_k[m], V = a.V;
-        field = a.workspace + (i64)m * (RCP_FIELDS + 3ll * a.V);
-    }
-    __device__ __forceinline__ u64* before(int mass) const { return field + BEFORE + mass * (BINS + 1); }
-    __device__ __forceinline__ u64* gathered(int mass) const { return field + RCP_FIELDS + (i64)mass * V; }
-};
-
-__device__ __forceinline__ bool finite(float x) {
-    return fabsf(x) <= 3.402823466e38f;
+// The best of this warp's keys, in every lane.
+__device__ __forceinline__ u64 warp_best(u64 key) {
+    const u32 high = key >> 32, most = __reduce_max_sync(FULL_MASK, high);
+    return (u64)most << 32 | __reduce_max_sync(FULL_MASK, high == most ? (u32)key : 0);
+}
+// Of all of the block's, in every thread. scratch: not free again before the next __syncthreads.
+__device__ __forceinline__ u64 block_best(u64 key, u64* scratch) {
+    const int lane = threadIdx.x & 31;
+    key = warp_best(key);
+    if (lane == 0) scratch[threadIdx.x >> 5] = key;
+    __syncthreads();
+    return warp_best(lane < WARPS ? scratch[lane] : 0);
 }
 
-__device__ __forceinline__ u64 sort_key(float logit, i32 id) {
-    const u32 bits = __float_as_uint(logit + 0.0f);  // -0 is 0
-    return (u64)(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | (u32)~id;
-}
-__device__ __forceinline__ i32 id_of(u64 key) {
-    return (i32)~(u32)key;
-}
-__device__ __forceinline__ float logit_of(u64 key) {
-    const u32 bits = (u32)(key >> 32);
-    return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
-}
+// This thread's penalized logits: the best of their keys, UNFIT if one was not finite before its penalty. In `orders`,
+// where not null, the upper halves of all keys, 0 from V on: memory of the block, though each thread sees its own only.
+struct Chunk {
+    uint4* orders;
+    i32 first;
+    u64 best;
 
-__device__ __forceinline__ u64 warp_max(u64 x) {
-    for (int offset = 16; offset; offset >>= 1) {
-        const u64 other = __shfl_xor_sync(FULL_MASK, x, offset);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-__device__ __forceinline__ u64 warp_sum(u64 x) {
-    for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(FULL_MASK, x, offset);
-    return x;
-}
-
-// The id of this thread's i-th logit in its block's chunk.
-__device__ __forceinline__ i32 chunk_id(int i) {
-    return (i32)(blockIdx.x * RCP_CHUNK + i * THREADS + threadIdx.x);
-}
-
-// This thread's penalized logits; -infinity from V on. True for all threads if one of the chunk is not finite before
-// its penalty.
-__device__ __forceinline__ bool load_chunk(float (&x)[PER_THREAD], const Row& row, const Arguments& a) {
-    __shared__ u32 seen[RCP_CHUNK / 32];
-    const i32 first = blockIdx.x * RCP_CHUNK;
-    bool unfit = false;
+    __device__ __forceinline__ Chunk(const Row& row, const Arguments& a, i32 length, uint4* orders) : orders(orders) {
+        __shared__ u32 seen[CHUNK / 32];
+        const i32 begin = blockIdx.x * CHUNK;
+        first = begin + threadIdx.x * 4;
+        float x[RCP_QUADS][4];
+        u32 magnitude = 0;
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const i32 id = chunk_id(i);
-        x[i] = id < row.V ? row.logits[id] : __int_as_float(0xff800000);
-        unfit |= id < row.V && !finite(x[i]);
-    }
-    if (row.penalty != 1.0f) {
-        if (threadIdx.x < RCP_CHUNK / 32) seen[threadIdx.x] = 0;
-        __syncthreads();
-        const i32 length = a.length[blockIdx.y];
-        if ((i32)threadIdx.x < min(RECENT, length)) {
-            const i32 place = a.history[(i64)blockIdx.y * a.ring + (length - 1 - (i32)threadIdx.x) % a.ring] - first;
-            if (place >= 0 && place < RCP_CHUNK) atomicOr(&seen[place / 32], 1u << (place % 32));
+        for (int q = 0; q < RCP_QUADS; ++q) {
+            const i32 id = first + q * THREADS * 4;
+            float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (row.V % 4 == 0) {
+                if (id < row.V) four = *(const float4*)(row.logits + id);
+            } else {
+                if (id < row.V) four.x = row.logits[id];
+                if (id + 1 < row.V) four.y = row.logits[id + 1];
+                if (id + 2 < row.V) four.z = row.logits[id + 2];
+                if (id + 3 < row.V) four.w = row.logits[id + 3];
+            }
+            x[q][0] = four.x, x[q][1] = four.y, x[q][2] = four.z, x[q][3] = four.w;
         }
-        __syncthreads();
+        if (row.penalty != 1.0f) {
+            for (int i = threadIdx.x; i < CHUNK / 32; i += THREADS) seen[i] = 0;
+            __syncthreads();
+            if ((i32)threadIdx.x < min(RECENT, length)) {
+                const i32 at = (length - 1 - (i32)threadIdx.x) % a.ring;
+                const i32 place = a.history[(i64)blockIdx.y * a.ring + at] - begin;
+                if (place >= 0 && place < CHUNK) atomicOr(&seen[place / 32], 1u << (place % 32));
+            }
+            __syncthreads();
+        }
+        best = 0;
 #pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) {
-            const int place = threadIdx.x + i * THREADS;
-            if (seen[place / 32] >> (place % 32) & 1)
-                x[i] = x[i] > 0.0f ? __fdiv_rn(x[i], row.penalty) : __fmul_rn(x[i], row.penalty);
+        for (int q = 0; q < RCP_QUADS; ++q) {
+            const int place = threadIdx.x * 4 + q * THREADS * 4;
+            const u32 bits = row.penalty != 1.0f ? seen[place / 32] >> (place % 32) : 0;
+            u32 order[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float y = x[q][j];
+                magnitude = max(magnitude, __float_as_uint(y) & 0x7fffffffu);
+                if (bits >> j & 1) y = y > 0.0f ? __fdiv_rn(y, row.penalty) : __fmul_rn(y, row.penalty);
+                const u64 key = begin + place + j < row.V ? sort_key(y, begin + place + j) : 0;
+                best = key > best ? key : best;
+                order[j] = key >> 32;
+            }
+            if (orders) orders[q * THREADS + threadIdx.x] = make_uint4(order[0], order[1], order[2], order[3]);
+        }
+        if (magnitude >= 0x7f800000u) best = UNFIT;
+    }
+
+    template <class Use>
+    __device__ __forceinline__ void each(Use use) const {
+#pragma unroll 1
+        for (int q = 0; q < RCP_QUADS; ++q) {
+            const uint4 four = orders[q * THREADS + threadIdx.x];
+            const u32 order[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (order[j]) use((u64)order[j] << 32 | (u32)~(first + q * THREADS * 4 + j));
         }
     }
-    return __syncthreads_or(unfit);
-}
+};
 
-// True in the last block of a row that gets here, which then sees what the others wrote. Once in a kernel.
-__device__ __forceinline__ bool last_block(const Row& row) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(&row.field[ARRIVED], 1ull) == gridDim.x - 1;
-        if (last) row.field[ARRIVED] = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    return last;
-}
+// What the blocks of a row found, this thread's part of it; 0 is no key.
+struct Lists {
+    const u64* keys;
+    int count;
 
-// For one thread: makes the choice known, and the row ready for the next launch.
-__device__ __forceinline__ void choose(const Arguments& a, const Row& row, i32 token) {
-    const int m = blockIdx.y;
-    row.field[TOP] = 0;
-    a.token[m] = token;
-    a.position[m] += 1;
-    const i32 length = a.length[m];
-    a.history[(i64)m * a.ring + length % a.ring] = token;
-    a.length[m] = length + 1;
-    if (++a.random[4 * m + 2] == 0) ++a.random[4 * m + 3];
-}
-
-// Rows for which all is done in sample_top: greedy ones, and those whose top is not finite, as that of UNFIT is not,
-// and not that of the 0 which `choose` leaves there.
-__device__ __forceinline__ bool decided(const Row& row, u64 top) {
-    return row.temperature == 0.0f || !finite(logit_of(top));
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) sample_top(PARAMETERS) {
-    pdl_launch();
-    pdl_wait();
-    const Arguments a = ARGUMENTS;
-    const Row row(a);
-    float x[PER_THREAD];
-    u64 top = load_chunk(x, row, a) ? UNFIT : 0;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const i32 id = chunk_id(i);
-        const u64 key = id < row.V ? sort_key(x[i], id) : 0;
-        top = key > top ? key : top;
-    }
-    __shared__ u64 top_of[THREADS / 32];
-    top = warp_max(top);
-    if (threadIdx.x % 32 == 0) top_of[threadIdx.x / 32] = top;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        top = warp_max(top_of[threadIdx.x]);
-        if (threadIdx.x == 0) atomicMax(&row.field[TOP], top);
-    }
-    if (!last_block(row) || threadIdx.x != 0) return;
-    top = atomicMax(&row.field[TOP], 0ull);
-    if (decided(row, top)) choose(a, row, finite(logit_of(top)) ? id_of(top) : -1);
-}
-
-struct Token {
-    int bin;
-    u64 weight, tempered;
-
-    __device__ __forceinline__ Token(float logit, float top, const Row& row) {
-        const u32 place = (__float_as_uint(1.0f + (top - logit)) - 0x3f800000u) >> BIN_SHIFT;
-        bin = place < BINS ? place : BINS - 1;
-        const double relative = (double)logit - (double)top, share = exp(relative);
-        weight = __double2ull_rn(share * UNIT);
-        tempered = share < row.min_p ? 0 : __double2ull_rn(exp(relative / row.temperature) * UNIT);
+    template <class Use>
+    __device__ __forceinline__ void each(Use use) const {
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+#if RCP_HOPPER
+            const u64 key = keys[i];
+#else
+            const u64 key = __ldcg(keys + i);
+#endif
+            if (key) use(key);
+        }
     }
 };
 
-// The inclusive sum of each mass over the threads up to this one.
-__device__ __forceinline__ void block_scan(u64 (&x)[MASSES]) {
-    __shared__ u64 of_warp[MASSES][THREADS / 32];
+// Number of a key's bin: better keys have smaller ones.
+struct Bins {
+    float top;  // at first, by the distance from it; then
+    u64 high;   // by the distance from this key, in units of 2^shift; better keys are in bin -1
+    int shift;
+
+    __device__ __forceinline__ int operator()(u64 key) const {
+        if (shift < 0) {
+            const u32 place = (__float_as_uint(1.0f + (top - logit_of(key))) - 0x3f800000u) >> LARGEST_SHIFT;
+            return place < THREADS ? place : THREADS - 1;
+        }
+        if (key > high) return -1;
+        const u64 place = (high - key) >> shift;
+        return place < THREADS ? (int)place : THREADS;
+    }
+};
+
+struct Selection {
+    u64 list[MOST_LISTED];  // what was selected, in any order
+    u64 best[2][WARPS];
+    u32 count[THREADS], of_warp[WARPS];
+    i32 size, bin, before, through;
+};
+
+// Puts the k best keys of the block into s.list, and maybe more, up to `capacity` in all; all if there are not k. Returns
+// how many. No key is better than one of logit `top`.
+template <class Keys>
+__device__ __forceinline__ i32 select(const Keys& keys, float top, i32 k, i32 capacity, Selection& s) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-    for (int m = 0; m < MASSES; ++m) {
+    Bins bins = {top, 0, -1};
+    i32 above = 0;  // keys in bin -1
+    for (;;) {
+        s.count[threadIdx.x] = 0;
+        if (threadIdx.x == 0) s.size = 0, s.bin = THREADS;
+        __syncthreads();
+        keys.each([&](u64 key) {
+            const int bin = bins(key);
+            if (bin >= 0 && bin < THREADS) atomicAdd(&s.count[bin], 1u);
+        });
+        __syncthreads();
+        const u32 mine = s.count[threadIdx.x];
+        u32 through = mine;
         for (int offset = 1; offset < 32; offset *= 2) {
-            const u64 other = __shfl_up_sync(FULL_MASK, x[m], offset);
-            if (lane >= offset) x[m] += other;
+            const u32 other = __shfl_up_sync(FULL_MASK, through, offset);
+            if (lane >= offset) through += other;
         }
-        if (lane == 31) of_warp[m][warp] = x[m];
+        if (lane == 31) s.of_warp[warp] = through;
+        __syncthreads();
+        through += above + __reduce_add_sync(FULL_MASK, lane < warp ? s.of_warp[lane] : 0);
+        if ((i32)(through - mine) < k && k <= (i32)through)
+            s.bin = threadIdx.x, s.before = through - mine, s.through = through;
+        __syncthreads();
+        if (s.bin == THREADS || s.through <= capacity) break;
+        above = s.before;
+        u64 high = 0, low = 0;
+        keys.each([&](u64 key) {
+            if (bins(key) != s.bin) return;
+            high = key > high ? key : high;
+            low = ~key > low ? ~key : low;
+        });
+        high = block_best(high, s.best[0]), low = ~block_best(low, s.best[1]);
+        bins.high = high, bins.shift = 0;
+        while ((high - low) >> bins.shift >= THREADS) ++bins.shift;
     }
+    keys.each([&](u64 key) {
+        if (bins(key) <= s.bin) s.list[atomicAdd(&s.size, 1)] = key;
+    });
     __syncthreads();
-#pragma unroll
-    for (int m = 0; m < MASSES; ++m) x[m] += warp_sum(lane < warp ? of_warp[m][lane] : 0);
+    return s.size;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_histogram(PARAMETERS) {
+// Brings `size` keys, the i-th of which is of thread i, to the block that goes on, which is told so. At most once in a
+// kernel. In other blocks, nothing is to be done.
+template <int MOST>
+__device__ __forceinline__ bool bring_together(const Row& row, u64 key, int size, Lists& lists) {
+    lists.count = gridDim.x * size;
+    const int place = blockIdx.x * size + threadIdx.x;
+#if RCP_HOPPER
+    __shared__ u64 keys[MOST_BLOCKS * MOST];
+    cluster_wait();  // until all of them run
+    if ((int)threadIdx.x < size) store_to_block(0, shared_address(keys + place), key);
+    __syncwarp();
+    cluster_arrive_release();
+    lists.keys = keys;
+    if (blockIdx.x != 0) return false;
+    cluster_wait();
+    return true;
+#else
+    if ((int)threadIdx.x < size) row.field[LISTS + place] = key;
+    lists.keys = row.field + LISTS;
+    return last_block(row);
+#endif
+}
+
+__device__ __forceinline__ void start() {
+#if RCP_HOPPER
+    cluster_arrive();
+#endif
     pdl_launch();
     pdl_wait();
-    const Arguments a = ARGUMENTS;
-    const Row row(a);
-    const u64 top_key = row.field[TOP];
-    if (decided(row, top_key)) return;
-    const float top = logit_of(top_key);
-    float x[PER_THREAD];
-    load_chunk(x, row, a);
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        if (chunk_id(i) >= row.V) continue;
-        const Token token(x[i], top, row);
-        atomicAdd(row.before(COUNT) + token.bin, 1ull);
-        if (token.weight) atomicAdd(row.before(WEIGHT) + token.bin, token.weight);
-        if (token.tempered) atomicAdd(row.before(TEMPERED) + token.bin, token.tempered);
-    }
-    if (!last_block(row)) return;
-    constexpr int SHARE = BINS / THREADS;
-    const int first = threadIdx.x * SHARE;
-    u64 mass[MASSES][SHARE], before[MASSES];
-#pragma unroll
-    for (int m = 0; m < MASSES; ++m) {
-        before[m] = 0;
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            mass[m][i] = row.before(m)[first + i];
-            before[m] += mass[m][i];
-        }
-    }
-    block_scan(before);
-#pragma unroll
-    for (int m = 0; m < MASSES; ++m) {
-        if (threadIdx.x == THREADS - 1) row.before(m)[BINS] = before[m];
-#pragma unroll
-        for (int i = SHARE - 1; i >= 0; --i) {
-            const u64 through = before[m];
-            before[m] -= mass[m][i];
-            row.before(m)[first + i] = before[m];
-            if (m != COUNT) continue;
-            row.field[CURSOR + first + i] = before[m];
-            const u64 k = row.top_k > 0 ? min(row.top_k, row.V) : row.V;
-            if (before[m] < k && k <= through) row.field[LAST_BIN] = first + i;
-        }
-    }
 }
 
-// The last token whose predecessors' mass is below a target.
-struct Boundary {
-    u64 key;
-    u64 weight, tempered;  // of this token and all before it
-};
+extern "C" __global__ void __launch_bounds__(THREADS) sample_greedy(PARAMETERS) {
+    start();
+    const Arguments a = ARGUMENTS;
+    const Row row(a);
+    const State state(a);
+    __shared__ u64 scratch[WARPS];
+    const Chunk chunk(row, a, state.length, nullptr);
+    const u64 best = block_best(chunk.best, scratch);
+    Lists lists;
+    if (!bring_together<1>(row, best, 1, lists) || threadIdx.x >= 32) return;
+    u64 top = 0;
+    lists.each([&](u64 key) { top = key; });  // at most one a lane
+    top = warp_best(top);
+    if (threadIdx.x == 0) state.choose(a, finite(logit_of(top)) ? id_of(top) : -1);
+}
 
-// target: from 1 to the mass of the tokens gathered. The same in every thread of the block.
-__device__ __noinline__ Boundary boundary(const Row& row, int mass, u64 target) {
-    constexpr int CAPACITY = THREADS;
-    __shared__ u64 near_key[CAPACITY], near_mass[CAPACITY];
-    __shared__ i32 found, passes[2][32];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const u64* const before = row.before(mass);
-    __syncthreads();
-    for (int b = threadIdx.x; b < BINS; b += THREADS)
-        if (before[b] < target && target <= before[b + 1]) found = b;
-    __syncthreads();
-    const int bin = found;
-    const u64 begin = row.before(COUNT)[bin];
-    const i32 n = (i32)(row.before(COUNT)[bin + 1] - begin);
-    const u64 *keys = row.gathered(KEY) + begin, *masses = row.gathered(mass) + begin;
-    if (n <= CAPACITY) {
-        if ((i32)threadIdx.x < n) {
-            near_key[threadIdx.x] = keys[threadIdx.x];
-            near_mass[threadIdx.x] = mass == COUNT ? 1 : masses[threadIdx.x];
+__device__ __forceinline__ u64 warp_scan(u64 x) {
+    const int lane = threadIdx.x & 31;
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const u64 other = __shfl_up_sync(FULL_MASK, x, offset);
+        if (lane >= offset) x += other;
+    }
+    return x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) sample_few(PARAMETERS) {
+    start();
+    const Arguments a = ARGUMENTS;
+    const Row row(a);
+    const State state(a);
+    const bool greedy = row.temperature == 0.0f;
+    const i32 k = greedy ? 1 : row.top_k;
+    const bool few = k >= 1 && k <= FEW;
+    const i32 capacity = few ? k + max(k, 32) : 1;
+    static_assert(FEW >= 32);
+    extern __shared__ __align__(16) uint4 orders[];
+    __shared__ Selection s;
+    __shared__ u64 best_of_warp[2][WARPS];
+    const Chunk chunk(row, a, state.length, orders);
+    const u64 best = few ? block_best(chunk.best, best_of_warp[0]) : UNFIT;
+    u64 mine = threadIdx.x == 0 ? best : 0;
+    if (finite(logit_of(best))) {
+        const i32 size = select(chunk, logit_of(best), k, capacity, s);
+        mine = (i32)threadIdx.x < size ? s.list[threadIdx.x] : 0;
+    }
+    Lists lists;
+    if (!bring_together<MOST_LISTED>(row, mine, capacity, lists)) return;
+    u64 top_key = 0;
+    lists.each([&](u64 key) { top_key = key > top_key ? key : top_key; });
+    top_key = block_best(top_key, best_of_warp[1]);
+    const float top = logit_of(top_key);
+    if (greedy || !finite(top)) {
+        if (threadIdx.x == 0) state.choose(a, finite(top) ? id_of(top_key) : -1);
+        return;
+    }
+    const i32 found = select(lists, top, k, capacity, s), n = min(k, found);
+    __shared__ u64 key_of[FEW], weight_of[FEW], tempered_of[FEW];
+    if ((i32)threadIdx.x < found) {
+        const u64 key = s.list[threadIdx.x];
+        i32 rank = 0;
+        for (i32 i = 0; i < found; ++i) rank += s.list[i] > key;
+        if (rank < n) {
+            const Masses masses(logit_of(key), top, row);
+            key_of[rank] = key, weight_of[rank] = masses.weight, tempered_of[rank] = masses.tempered;
         }
-        __syncthreads();
-        keys = near_key, masses = near_mass;
     }
-    // The smallest key whose larger ones have less mass than the target: each turn, every warp tries one of 32
-    // between `low`, which is too small, and `high`, which is not.
-    target -= before[bin];
-    u64 low = 0, high = 0;
-    for (i32 i = lane; i < n; i += 32) {
-        low = ~keys[i] > low ? ~keys[i] : low;
-        high = keys[i] > high ? keys[i] : high;
-    }
-    low = ~warp_max(low) - 1, high = warp_max(high);
-    for (int turn = 0; high - low > 1; turn ^= 1) {
-        const u64 span = high - low, step = span >> 5 ? span >> 5 : 1;
-        const u64 distance = step * (warp + 1), pivot = low + (distance < span ? distance : span);
-        u64 larger = 0;
-        for (i32 i = lane; i < n; i += 32)
-            if (keys[i] > pivot) larger += mass == COUNT && n > CAPACITY ? 1 : masses[i];
-        larger = warp_sum(larger);
-        if (lane == 0) passes[turn][warp] = larger < target;
-        __syncthreads();
-        const u64 failed = 32 - __popc(__ballot_sync(FULL_MASK, passes[turn][lane]));
-        const u64 up = step * (failed + 1);
-        if (failed < 32) high = low + (up < span ? up : span);
-        low += step * failed;
-    }
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    const i32 share = (n + 31) / 32, begin = min((i32)threadIdx.x * share, n), end = min(begin + share, n);
     u64 weight = 0, tempered = 0;
-    for (i32 i = lane; i < n; i += 32) {
-        if (keys[i] < high) continue;
-        weight += row.gathered(WEIGHT)[begin + i];
-        tempered += row.gathered(TEMPERED)[begin + i];
+    for (i32 i = begin; i < end; ++i) weight += weight_of[i];
+    const u64 through = warp_scan(weight);
+    const double all = (double)__shfl_sync(FULL_MASK, through, 31);
+    const u64 target = row.top_p < 1.0f ? (u64)ceil((double)row.top_p * all) : UNFIT;
+    i32 kept = begin;  // of this lane's, those before this one
+    for (u64 before = through - weight; kept < end && (kept == 0 || before < target); ++kept) {
+        before += weight_of[kept];
+        tempered += tempered_of[kept];
     }
-    return {high, row.before(WEIGHT)[bin] + warp_sum(weight), row.before(TEMPERED)[bin] + warp_sum(tempered)};
-}
-
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the first 64 bits of the block
-// with this key and counter.
-__device__ __forceinline__ u64 philox(u32 key0, u32 key1, u32 counter0, u32 counter1) {
-    u32 c0 = counter0, c1 = counter1, c2 = 0, c3 = 0;
-    for (int round = 0; round < 10; ++round) {
-        const u64 product0 = (u64)0xD2511F53u * c0, product1 = (u64)0xCD9E8D57u * c2;
-        c0 = (u32)(product1 >> 32) ^ c1 ^ key0, c1 = (u32)product1;
-        c2 = (u32)(product0 >> 32) ^ c3 ^ key1, c3 = (u32)product0;
-        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    u64 before = warp_scan(tempered);
+    const u64 drawn = state.draw(__shfl_sync(FULL_MASK, before, 31));
+    before -= tempered;
+    for (i32 i = begin; i < kept; ++i) {
+        const u64 next = before + tempered_of[i];
+        if (before < drawn && drawn <= next) state.choose(a, id_of(key_of[i]));
+        before = next;
     }
-    return (u64)c1 << 32 | c0;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) sample_draw(PARAMETERS) {
-    pdl_launch();
-    pdl_wait();
-    const Arguments a = ARGUMENTS;
-    const Row row(a);
-    const u64 top_key = row.field[TOP];
-    if (decided(row, top_key)) return;
-    const float top = logit_of(top_key);
-    const int last_bin = (int)row.field[LAST_BIN];
-    float x[PER_THREAD];
-    load_chunk(x, row, a);
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const i32 id = chunk_id(i);
-        const Token token(x[i], top, row);
-        if (id >= row.V || token.bin > last_bin) continue;
-        const u64 place = atomicAdd(&row.field[CURSOR + token.bin], 1ull);
-        row.gathered(KEY)[place] = sort_key(x[i], id);
-        row.gathered(WEIGHT)[place] = token.weight;
-        row.gathered(TEMPERED)[place] = token.tempered;
-    }
-    if (!last_block(row)) return;
-    Boundary kept = {0, row.before(WEIGHT)[BINS], row.before(TEMPERED)[BINS]};
-    if (row.top_k > 0 && row.top_k < row.V) kept = boundary(row, COUNT, row.top_k);
-    if (row.top_p < 1.0f) {
-        const u64 target = (u64)ceil((double)row.top_p * (double)kept.weight);
-        kept = boundary(row, WEIGHT, target > 1 ? target : 1);
-    }
-    const u32* const state = a.random + 4 * blockIdx.y;
-    const u64 bits = philox(state[0], state[1], state[2], state[3]);
-    const u64 key = boundary(row, TEMPERED, __umul64hi(bits, kept.tempered) + 1).key;
-    __syncthreads();
-    for (int i = threadIdx.x; i < MASSES * (BINS + 1); i += THREADS) row.field[BEFORE + i] = 0;
-    if (threadIdx.x == 0) choose(a, row, id_of(key));
 }
