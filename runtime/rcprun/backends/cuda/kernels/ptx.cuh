@@ -196,5 +196,21 @@ __device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, u
                  ::"r"(to), "r"(barrier), "r"(block), "r"(value) : "memory");
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// The same, and what this block wrote to or read of shared memory came before.
+__device__ __forceinline__ void cluster_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// From where `address` is in another block of the cluster.
+__device__ __forceinline__ float4 load4_of_block(u32 block, u32 address) {
+    float4 v;
+    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %4, %5;"
+                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [from]; }"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(block) : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load2_of_block(u32 block, u32 address) {
+    float2 v;
+    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %2, %3; ld.shared::cluster.v2.f32 {%0,%1}, [from]; }"
+                 : "=f"(v.x), "=f"(v.y) : "r"(address), "r"(block) : "memory");
+    return v;
+}
 #endif
