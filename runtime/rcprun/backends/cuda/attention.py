@@ -129,7 +129,7 @@ class Decode:
                 self._partial,
                 self._partial_scale,
                 self._arrived,
-                *_sizes(cache, self._heads, window),
+                *_sizes(cache, self._heads // cache.kv_heads, window),
                 np.int32(few_blocks),
                 _score_scale(cache),
                 *scalars,
@@ -182,8 +182,9 @@ def _workspace(cache: KVCache, heads: int, rows: int, clusters: bool) -> tuple[i
     return partial, scale, max(g * cluster for g, cluster, _ in blocks)
 
 
-def _sizes(cache: KVCache, heads: int, window: int | None) -> tuple[np.int32, ...]:
-    return tuple(map(np.int32, (heads, cache.kv_heads, cache.capacity, min(window or _NO_WINDOW, _NO_WINDOW))))
+def _sizes(cache: KVCache, first: int, window: int | None) -> tuple[np.int32, ...]:
+    """first: query heads, all or of a KV head."""
+    return tuple(map(np.int32, (first, cache.kv_heads, cache.capacity, min(window or _NO_WINDOW, _NO_WINDOW))))
 
 
 def _score_scale(cache: KVCache) -> np.float32:

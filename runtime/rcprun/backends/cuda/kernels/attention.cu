@@ -58,6 +58,7 @@ constexpr int ROW = PADDED + 4;  // floats: no bank conflicts between columns
 constexpr int QUADS = PADDED / 4;
 constexpr int MAX_TEAMS = 128;
 constexpr int ENOUGH = CLUSTER > 1 ? 3 : 1;  // tiles of a warp that pay for one more team
+constexpr int KEY_BYTES = TOKENS * ROW_WORDS * 4;  // of a tile's keys, and of its values
 constexpr int VECTORS = COLUMNS + (FUSED ? 2 : 0);
 
 // A tile of the sequence, as it lies in the cache.
@@ -73,18 +74,13 @@ struct Part {
     float peak, total;
 };
 
+// Tile number `tile` of keys, values or scales to shared memory; to, from: of the lane.
 template <int BYTES>
-__device__ __forceinline__ void copy_by_warp(void* to, const void* from) {
+__device__ __forceinline__ void copy_by_warp(u32 to, const u8* from, int tile) {
+    from += (i64)tile * BYTES;
 #pragma unroll
-    for (int i = 0; i < BYTES; i += 32 * 16) {
-        const int at = i + (threadIdx.x & 31) * 16;
-        if (i + 32 * 16 <= BYTES || at < BYTES) copy_async(shared_address((u8*)to + at), (const u8*)from + at);
-    }
-}
-__device__ __forceinline__ void copy_tile(Tile& to, const Sequence& s, int tile) {
-    copy_by_warp<sizeof(to.keys)>(to.keys, s.keys + (i64)tile * TOKENS * ROW_WORDS);
-    copy_by_warp<sizeof(to.values)>(to.values, s.values + (i64)tile * TOKENS * ROW_WORDS);
-    copy_by_warp<sizeof(to.scales)>(to.scales, s.scales + (i64)tile * TOKENS);
+    for (int i = 0; i < BYTES; i += 32 * 16)
+        if (i + 32 * 16 <= BYTES || i + (threadIdx.x & 31) * 16 < BYTES) copy_async(to + i, from + i);
 }
 
 // to.peak is the largest of all parts' peaks already.
@@ -97,7 +93,7 @@ __device__ __forceinline__ void add_part(Part& to, const float4& x, float peak, 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     decode_attention(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
                      const i8* paley, u32* keys, u32* values, uint2* scales, const i32* position, const i32* slot,
-                     float* out, float* partial, float* partial_scale, u32* arrived, int heads, int kv_heads,
+                     float* out, float* partial, float* partial_scale, u32* arrived, int group, int kv_heads,
                      int capacity, int window, int few_blocks, float scale, float eps, float norm, float key_clip,
                      float value_clip) {
     extern __shared__ __align__(128) u8 memory[];
@@ -117,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     pdl_launch();
 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
-    const int row = blockIdx.z, group = heads / kv_heads, chunks = gridDim.y / kv_heads;
-    const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
+    const int row = blockIdx.z, heads = group * kv_heads, chunks = (group + COLUMNS - 1) / COLUMNS;
+    const int kv_head = chunks == 1 ? blockIdx.y : blockIdx.y / chunks, first_column = (blockIdx.y - kv_head * chunks) * COLUMNS;
     const int columns = min(COLUMNS, group - first_column);
     const int teams = gridDim.x / CLUSTER, team = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
     const i64 first_head = (i64)row * (FUSED ? heads + 2 * kv_heads : heads);
@@ -128,9 +124,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     };
     pdl_wait();
 
+    // What waits for nothing is asked for first: a load takes longer than all else here.
+    const int query_position = load_now(position + row), my_slot = load_now(slot + row);
     Head head;
-    if (warp < columns + (FUSED ? 2 : 0)) head.load(source(warp));
-    const int query_position = position[row], my_slot = slot[row];
+    head.load(source(min(warp, columns + (FUSED ? 1 : -1))));
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
     constexpr int FULL = CLUSTER * WARPS * ENOUGH;
@@ -138,18 +135,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const int begin = used_teams == 1 ? 0 : tiles * team / used_teams;
     const int end = used_teams == 1 ? tiles : tiles * (team + 1) / used_teams;
     const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? (tiles + WARPS - 1) / WARPS : tiles;
-    const int blocks = min(CLUSTER, wanted);
+    int blocks = 1;  // a power of two
+#pragma unroll
+    for (int b = 2; b <= CLUSTER; b *= 2)
+        if (b <= wanted) blocks = b;
     if (team >= used_teams || rank >= blocks) return;
-    const bool has_new = FUSED && team == used_teams - 1 && rank == (end - begin - 1) % blocks;
+    const bool has_new = FUSED && team == used_teams - 1 && rank == ((end - begin - 1) & (blocks - 1));
     const int jobs = columns + (has_new ? 2 : 0);
     if (FUSED && warp < jobs && warp <= columns) head.load_angles(cosine, sine, query_position);
 
     const Sequence s = sequence(keys, values, scales, my_slot, kv_head, kv_heads, capacity);
     const int last_tile = first_tile + end - 1, stride = blocks * WARPS;
     const int my_first = first_tile + begin + rank + blocks * warp;
+    const u32 my_ring = shared_address(ring[warp]) + lane * 16;
+    const u8* const my_keys = reinterpret_cast<const u8*>(s.keys) + lane * 16;
+    const u8* const my_values = reinterpret_cast<const u8*>(s.values) + lane * 16;
+    const u8* const my_scales = reinterpret_cast<const u8*>(s.scales) + lane * 16;
+    auto copy_tile = [&](int stage, int tile) {
+        const u32 to = my_ring + stage * (u32)sizeof(Tile);
+        copy_by_warp<KEY_BYTES>(to, my_keys, tile);
+        copy_by_warp<KEY_BYTES>(to + KEY_BYTES, my_values, tile);
+        copy_by_warp<sizeof(Tile) - 2 * KEY_BYTES>(to + 2 * KEY_BYTES, my_scales, tile);
+    };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (my_first + i * stride <= last_tile) copy_tile(ring[warp][i], s, my_first + i * stride);
+        if (my_first + i * stride <= last_tile) copy_tile(i, my_first + i * stride);
         commit_copies();
     }
 
@@ -223,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         wait_for_copies<STAGES - 2>();
         __syncwarp();  // all have come, and all lanes are done with the stage that is free
         const int coming = tile + (STAGES - 1) * stride;
-        if (coming <= last_tile) copy_tile(ring[warp][free_stage], s, coming);
+        if (coming <= last_tile) copy_tile(free_stage, coming);
         commit_copies();
         Tile& here = ring[warp][stage];
         if (has_new && tile == last_tile) {
@@ -311,6 +321,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const int slice_begin = rank * slice, slice_end = min(columns * QUADS, slice_begin + slice);
 #if CLUSTER > 1
     if (blocks > 1) {
+        __syncwarp();
         cluster_release();
         cluster_wait();
         for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
@@ -332,6 +343,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
                 if (b < blocks) add_part(p, x[b], peak_total[b].x, peak_total[b].y);
             write_team(index, p);
         }
+        __syncwarp();
         cluster_release();
         cluster_wait();  // the others have read what is here
     }

@@ -149,6 +149,18 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
+// Asked for where it is written; the compiler moves a plain load to below branches.
+__device__ __forceinline__ float load_now(const float* address) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+}
+__device__ __forceinline__ i32 load_now(const i32* address) {
+    i32 v;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
 // 16 bytes from global to shared memory, later; a thread commits what it asked for as a group, and waits until all
 // groups but the latest LEFT have come.
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {

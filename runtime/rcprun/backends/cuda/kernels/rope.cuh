@@ -54,8 +54,8 @@ struct Head {
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             const int i = lane + 32 * k;
-            first[k] = i < HALF_DIM ? from[i] : 0.0f;
-            second[k] = i < HALF_DIM ? from[i + HALF_DIM] : 0.0f;
+            first[k] = i < HALF_DIM ? load_now(from + i) : 0.0f;
+            second[k] = i < HALF_DIM ? load_now(from + i + HALF_DIM) : 0.0f;
         }
     }
 
