@@ -122,12 +122,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         const int head = job < columns ? kv_head * group + first_column + job : heads + (job - columns) * kv_heads + kv_head;
         return qkv + (first_head + head) * HEAD_DIM;
     };
+    const float* const mine = source(min(warp, columns + (FUSED ? 1 : -1)));
     pdl_wait();
 
-    // What waits for nothing is asked for first: a load takes longer than all else here.
-    const int query_position = load_now(position + row), my_slot = load_now(slot + row);
+    // What waits for nothing is asked for first, or the compiler has it wait for the position.
     Head head;
-    head.load(source(min(warp, columns + (FUSED ? 1 : -1))));
+    head.load(mine);
+    const int query_position = load_now(position + row), my_slot = load_now(slot + row);
+    if (FUSED) head.load_angles(cosine, sine, query_position);
+    __syncwarp();  // keeps the compiler from asking for tiles before: loads come back in order
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
     constexpr int FULL = CLUSTER * WARPS * ENOUGH;
@@ -142,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     if (team >= used_teams || rank >= blocks) return;
     const bool has_new = FUSED && team == used_teams - 1 && rank == ((end - begin - 1) & (blocks - 1));
     const int jobs = columns + (has_new ? 2 : 0);
-    if (FUSED && warp < jobs && warp <= columns) head.load_angles(cosine, sine, query_position);
 
     const Sequence s = sequence(keys, values, scales, my_slot, kv_head, kv_heads, capacity);
     const int last_tile = first_tile + end - 1, stride = blocks * WARPS;
@@ -168,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         const bool is_query = job < columns, is_value = job > columns;
         if (job != warp) {
             head.load(source(job));
-            if (FUSED && !is_value) head.load_angles(cosine, sine, query_position);
+            if (FUSED) head.load_angles(cosine, sine, query_position);
         }
         if (FUSED && !is_value) {
             const float* gain = is_query ? q_gain : k_gain;

@@ -149,15 +149,15 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
-// Asked for where it is written; the compiler moves a plain load to below branches.
+// Asked for where it is written; the compilers move plain loads to below branches and other loads.
 __device__ __forceinline__ float load_now(const float* address) {
     float v;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
     return v;
 }
 __device__ __forceinline__ i32 load_now(const i32* address) {
     i32 v;
-    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
     return v;
 }
 

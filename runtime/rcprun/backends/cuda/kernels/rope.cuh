@@ -64,8 +64,8 @@ struct Head {
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             const i64 i = (i64)position * HALF_DIM + min((int)(threadIdx.x & 31) + 32 * k, HALF_DIM - 1);
-            c[k] = cosine[i];
-            s[k] = sine[i];
+            c[k] = load_now(cosine + i);
+            s[k] = load_now(sine + i);
         }
     }
 
