@@ -156,7 +156,7 @@ def test_decode_far(heads: int, kv_heads: int, head_dim: int, hopper: bool) -> N
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [*SHAPES, (5, 1, 32)])
 def test_fused(heads: int, kv_heads: int, head_dim: int, bits: int, norm: bool, r3: bool, hopper: bool) -> None:
-    """Rope, then attention, to the last bit: the cache and what comes out. The new tokens' places hold garbage before."""
+    """Rope, then attention, to the last bit: the cache and what comes out. Other tokens are in the new ones' places."""
     import cupy
 
     from rcprun.backends.cuda.attention import Decode
