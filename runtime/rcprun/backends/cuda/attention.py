@@ -27,7 +27,7 @@ _MAX_CLUSTER = 8
 _FEWEST_BLOCKS = 4, 2
 """Of a row and group of heads, also where there are blocks enough: sequences differ in length. Without and with
 clusters."""
-_OTHER_SHARED = 24 * 1024
+_OTHER_SHARED = 32 * 1024
 """Bytes of shared memory that decoding needs at most besides the ring of tiles."""
 _PREFILL_WARPS = 4
 

@@ -57,8 +57,9 @@ constexpr int COLUMNS = Decode::COUNT, TOKENS = Decode::TOKENS, BLOCKS_OF_16 = D
 constexpr int ROW = PADDED + 4;  // floats: no bank conflicts between columns
 constexpr int QUADS = PADDED / 4;
 constexpr int MAX_TEAMS = 128;
-constexpr int ENOUGH = CLUSTER > 1 ? 3 : 1;  // tiles of a warp that pay for one more team
+constexpr int ENOUGH = CLUSTER > 1 ? 3 : 1;  // tiles of a warp, at most, that are sooner done than teams' sums
 constexpr int KEY_BYTES = TOKENS * ROW_WORDS * 4;  // of a tile's keys, and of its values
+constexpr int PAIR_BYTES = ROW_WORDS * 8;               // of a pair of values
 constexpr int VECTORS = COLUMNS + (FUSED ? 2 : 0);
 
 // A tile of the sequence, as it lies in the cache.
@@ -74,13 +75,22 @@ struct Part {
     float peak, total;
 };
 
-// Tile number `tile` of keys, values or scales to shared memory; to, from: of the lane.
-template <int BYTES>
+// In shared memory, 32 bytes in 128 of a pair of values change places, so that lanes that read four pairs at a time read
+// different banks. at: in the values of a tile, in bytes.
+__device__ __forceinline__ u32 value_place(u32 at) {
+    return VECTOR == 4 ? at ^ at / PAIR_BYTES % 4 * 32 : at;
+}
+
+// Tile number `tile` of keys, values or scales to shared memory. from: the lane's part of tile 0.
+template <int BYTES, bool VALUES>
 __device__ __forceinline__ void copy_by_warp(u32 to, const u8* from, int tile) {
+    const u32 mine = (threadIdx.x & 31) * 16, place = VALUES ? value_place(mine) : mine;
     from += (i64)tile * BYTES;
 #pragma unroll
-    for (int i = 0; i < BYTES; i += 32 * 16)
-        if (i + 32 * 16 <= BYTES || i + (threadIdx.x & 31) * 16 < BYTES) copy_async(to + i, from + i);
+    for (int i = 0; i < BYTES; i += 32 * 16) {
+        const bool same = !VALUES || 32 * 16 % (4 * PAIR_BYTES) == 0;  // place for all i
+        if (i + 32 * 16 <= BYTES || i + mine < BYTES) copy_async(to + (same ? i + place : value_place(i + mine)), from + i);
+    }
 }
 
 // to.peak is the largest of all parts' peaks already.
@@ -133,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     __syncwarp();  // keeps the compiler from asking for tiles before: loads come back in order
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
-    constexpr int FULL = CLUSTER * WARPS * ENOUGH;
-    const int used_teams = min(teams, (tiles + FULL - 1) / FULL);
+    constexpr int TEAM_WARPS = CLUSTER * WARPS;
+    const int used_teams = tiles <= ENOUGH * TEAM_WARPS ? 1 : min(teams, (tiles + TEAM_WARPS - 1) / TEAM_WARPS);
     const int begin = used_teams == 1 ? 0 : tiles * team / used_teams;
     const int end = used_teams == 1 ? tiles : tiles * (team + 1) / used_teams;
     const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? (tiles + WARPS - 1) / WARPS : tiles;
@@ -149,15 +159,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const Sequence s = sequence(keys, values, scales, my_slot, kv_head, kv_heads, capacity);
     const int last_tile = first_tile + end - 1, stride = blocks * WARPS;
     const int my_first = first_tile + begin + rank + blocks * warp;
-    const u32 my_ring = shared_address(ring[warp]) + lane * 16;
+    const u32 my_ring = shared_address(ring[warp]);
     const u8* const my_keys = reinterpret_cast<const u8*>(s.keys) + lane * 16;
     const u8* const my_values = reinterpret_cast<const u8*>(s.values) + lane * 16;
     const u8* const my_scales = reinterpret_cast<const u8*>(s.scales) + lane * 16;
     auto copy_tile = [&](int stage, int tile) {
         const u32 to = my_ring + stage * (u32)sizeof(Tile);
-        copy_by_warp<KEY_BYTES>(to, my_keys, tile);
-        copy_by_warp<KEY_BYTES>(to + KEY_BYTES, my_values, tile);
-        copy_by_warp<sizeof(Tile) - 2 * KEY_BYTES>(to + 2 * KEY_BYTES, my_scales, tile);
+        copy_by_warp<KEY_BYTES, false>(to, my_keys, tile);
+        copy_by_warp<KEY_BYTES, true>(to + KEY_BYTES, my_values, tile);
+        copy_by_warp<sizeof(Tile) - 2 * KEY_BYTES, false>(to + 2 * KEY_BYTES, my_scales, tile);
     };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -241,10 +251,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         if (has_new && tile == last_tile) {
             const int token = query_position % TOKENS, odd = token % 2;
             u16* key = reinterpret_cast<u16*>(here.keys) + token * 2 * ROW_WORDS;
-            u16* value = reinterpret_cast<u16*>(here.values) + (token - odd) * 2 * ROW_WORDS + odd;
+            const int pair = (token - odd) * 2 * ROW_WORDS + odd;
             for (int i = lane; i < HALF_WORDS; i += 32) {
                 key[i] = new_codes[0][i];
-                value[2 * i] = new_codes[1][i];
+                reinterpret_cast<u16*>(here.values)[value_place(2 * (pair + 2 * i)) / 2] = new_codes[1][i];
             }
             if (lane == 0) here.scales[token] = new_scale;
             __syncwarp();
@@ -265,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         for (int b = 0; b < BLOCKS_OF_16; b++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                load_words(words[b][half], here.values + (16 * b + 8 * half + 2 * j) * ROW_WORDS, g, 8);
+                load_words(words[b][half], here.values + (16 * b + 8 * half + 2 * j) * ROW_WORDS, VECTOR == 4 ? g ^ 2 * j : g, 8);
         warp_columns.softmax(weight, dot, scale_bits, tile * TOKENS + g, first, query_position, window);
         warp_columns.add_values(weight, words);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
