@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     Head head;
     head.load(mine);
     const int query_position = load_now(position + row), my_slot = load_now(slot + row);
-    if (FUSED) head.load_angles(cosine, sine, query_position);
+    if (FUSED) head.load_angles<true>(cosine, sine, query_position);
     __syncwarp();  // keeps the compiler from asking for tiles before: loads come back in order
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         const bool is_query = job < columns, is_value = job > columns;
         if (job != warp) {
             head.load(source(job));
-            if (FUSED) head.load_angles(cosine, sine, query_position);
+            if (FUSED) head.load_angles<true>(cosine, sine, query_position);
         }
         if (FUSED && !is_value) {
             const float* gain = is_query ? q_gain : k_gain;

@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     h.load(qkv + (row * all_heads + head) * HEAD_DIM);
     const int at = position[row];
     if (!is_value) {
-        h.load_angles(cosine, sine, at);
+        h.load_angles<false>(cosine, sine, at);
         const float* gain = is_query ? q_gain : k_gain;
         if (gain) h.normalize(gain, eps);
         h.rotate();

@@ -59,13 +59,14 @@ struct Head {
         }
     }
 
-    // cosine, sine: [positions][D / 2].
+    // cosine, sine: [positions][D / 2]. NOW: at once, but by way of the first-level cache otherwise, for many tokens.
+    template <bool NOW>
     __device__ __forceinline__ void load_angles(const float* cosine, const float* sine, int position) {
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             const i64 i = (i64)position * HALF_DIM + min((int)(threadIdx.x & 31) + 32 * k, HALF_DIM - 1);
-            c[k] = load_now(cosine + i);
-            s[k] = load_now(sine + i);
+            c[k] = NOW ? load_now(cosine + i) : cosine[i];
+            s[k] = NOW ? load_now(sine + i) : sine[i];
         }
     }
 
