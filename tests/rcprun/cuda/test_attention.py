@@ -84,15 +84,16 @@ def check_close(found: np.ndarray, q_MHD: np.ndarray, cache: NumpyCache, start: 
 
 
 def decode(
-    filled: Filled, q_MHD: np.ndarray, position: list[int], slot: list[int], window: int | None, rows: int
+    filled: Filled, q_MHD: np.ndarray, position: list[int], slot: list[int], window: int | None, rows: int, hopper: bool
 ) -> np.ndarray:
     """Twice, with the workspace filled with NaN before: the same bits."""
     import cupy
 
     from rcprun.backends.cuda.attention import Decode, decode_workspace_bytes
 
-    attend = Decode(filled.gpu, filled.architecture.num_heads, rows)
-    assert attend.nbytes == decode_workspace_bytes(filled.gpu, filled.architecture.num_heads, rows)
+    heads = filled.architecture.num_heads
+    attend = Decode(filled.gpu, heads, rows, hopper=hopper)
+    assert attend.nbytes == decode_workspace_bytes(filled.gpu, heads, rows, hopper=hopper)
     q = cupy.asarray(q_MHD.reshape(len(q_MHD), -1))
     indices = [cupy.asarray(np.array(x, dtype=np.int32)) for x in (position, slot)]
     results = []
@@ -124,27 +125,72 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_decode(heads: int, kv_heads: int, head_dim: int, bits: int) -> None:
+def test_decode(heads: int, kv_heads: int, head_dim: int, bits: int, hopper: bool) -> None:
     lengths = [1001, 1, 66, 512]
     filled = fill(heads, kv_heads, head_dim, bits, lengths, seed=head_dim, scale=1.0)
     for window in (None, 1, 40, 700):
         position, slot = [1000, 0, 63, 64, 65, 0, 511, 999], [0, 1, 2, 2, 2, 0, 3, 0]
         q_MHD = queries(7, len(position), heads, head_dim)
-        found = decode(filled, q_MHD, position, slot, window, rows=8)
+        found = decode(filled, q_MHD, position, slot, window, rows=8, hopper=hopper)
         for m, (p, s) in enumerate(zip(position, slot, strict=True)):
             check_close(found[m : m + 1], q_MHD[m : m + 1], filled.numpy[s], p, window)
 
 
+@pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (4, 4, 128), (3, 1, 80)])
-def test_decode_far(heads: int, kv_heads: int, head_dim: int) -> None:
-    """Many splits, and one row at a time."""
+def test_decode_far(heads: int, kv_heads: int, head_dim: int, hopper: bool) -> None:
+    """Many teams of blocks, and one row at a time."""
     filled = fill(heads, kv_heads, head_dim, 4, [5001], seed=1, scale=1.0)
     q_HD = queries(8, 1, heads, head_dim)
     for position in (5000, 4096, 255, 256):
         for window in (None, 4096):
-            check_close(decode(filled, q_HD, [position], [0], window, rows=1), q_HD, filled.numpy[0], position, window)
+            found = decode(filled, q_HD, [position], [0], window, rows=1, hopper=hopper)
+            check_close(found, q_HD, filled.numpy[0], position, window)
+
+
+FUSED_SHAPES = [(8, 2, 64), (5, 1, 32), (3, 1, 80), (4, 4, 128), (4, 1, 256), (5, 1, 90), (2, 1, 512)]
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize(("bits", "norm", "r3"), [(4, False, True), (8, True, False)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), FUSED_SHAPES)
+def test_fused(heads: int, kv_heads: int, head_dim: int, bits: int, norm: bool, r3: bool, hopper: bool) -> None:
+    """Rope, then attention, to the last bit: the cache and what comes out. Other tokens are in the new ones' places."""
+    import cupy
+
+    from rcprun.backends.cuda.attention import Decode
+    from rcprun.backends.cuda.rope import Rope
+
+    lengths = [1001, 1, 65, 513]
+    filled = fill(heads, kv_heads, head_dim, bits, lengths, seed=head_dim, scale=1.0)
+    gpu, rng = filled.gpu, np.random.default_rng(11)
+    rope = Rope(filled.architecture, 10000.0 ** (-np.arange(head_dim // 2) * 2 / head_dim), max(lengths), r3=r3)
+    gains = tuple(cupy.asarray(rng.uniform(0.5, 2, head_dim).astype(np.float32)) for _ in range(2)) if norm else None
+    attend = Decode(gpu, heads, len(lengths), hopper=hopper)
+    for rows, position in (([0, 1, 2, 3], [1000, 0, 64, 511]), ([2, 0], [63, 512]), ([3], [31])):
+        qkv_MC = rng.normal(size=(len(rows), (heads + 2 * kv_heads) * head_dim)).astype(np.float32)
+        qkv = cupy.asarray(qkv_MC)
+        indices = [cupy.asarray(np.array(x, dtype=np.int32)) for x in (position, rows)]
+        q = cupy.empty((len(rows), heads * head_dim), dtype=np.float32)
+        for window in (None, 33):
+            caches = [array[LAYER] for array in (gpu.key_NGTB, gpu.value_NGTB, gpu.scale_NGT2)]
+            expected = cupy.full(q.shape, np.nan, dtype=np.float32)
+            rope(qkv, *indices, gpu, LAYER, CLIP, q, gains)
+            attend(q, *indices, LAYER, window, expected)
+            expected_caches = [cupy.asnumpy(array) for array in caches]
+
+            other = cupy.asarray(rng.normal(size=qkv_MC.shape).astype(np.float32) * 1e3)
+            rope(other, *indices, gpu, LAYER, CLIP, q, gains)
+            assert any((cupy.asnumpy(array) != e).any() for array, e in zip(caches, expected_caches, strict=True))
+            attend._partial[...] = attend._partial_scale[...] = np.nan
+            found = cupy.full(q.shape, np.nan, dtype=np.float32)
+            attend.fused(qkv, *indices, LAYER, window, found, rope, CLIP, gains)
+            np.testing.assert_array_equal(cupy.asnumpy(found), cupy.asnumpy(expected))
+            for array, e in zip(caches, expected_caches, strict=True):
+                np.testing.assert_array_equal(cupy.asnumpy(array), e)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -174,7 +220,7 @@ def test_tiny_and_huge_vectors(scale: float) -> None:
     filled = fill(4, 2, 64, 4, [300], seed=3, scale=scale)
     for length in (1e-30, 1e-3, 1.0, 100.0):
         q_MHD = queries(4, 1, 4, 64) * np.float32(length)
-        found = decode(filled, q_MHD, [299], [0], None, rows=1)
+        found = decode(filled, q_MHD, [299], [0], None, rows=1, hopper=True)
         check_close(found, q_MHD, filled.numpy[0], 299, None)
 
 

@@ -126,6 +126,8 @@ static u32 load1(u32 address) { return *shared_pointer<u32>(address); }
 static uint2 load2(u32 address) { return *shared_pointer<uint2>(address); }
 static uint4 load4(u32 address) { return *shared_pointer<uint4>(address); }
 static void store1(u32 address, u32 v) { *shared_pointer<u32>(address) = v; }
+template <class T>
+static T load_now(const T* address) { return *address; }
 static uint4 load_once(const void* address) { return *(const uint4*)address; }
 
 // Matrices of 8 x 8, transposed: lane (g, t) gets rows 2t and 2t + 1 of column g; lane i has the address of row i.

@@ -36,7 +36,10 @@ MODULES = (
 Test = Callable[..., None]
 
 FAST: dict[Test, tuple[dict[str, Any], ...]] = {
-    test_attention.test_decode: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
+    test_attention.test_decode: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4, "hopper": False},),
+    test_attention.test_fused: (
+        {"heads": 5, "kv_heads": 1, "head_dim": 32, "bits": 4, "norm": False, "r3": True, "hopper": False},
+    ),
     test_attention.test_prefill: ({"heads": 2, "kv_heads": 2, "head_dim": 32, "bits": 8},),
     test_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_backend.test_logits_are_those_of_the_numpy_backend: ({"name": "tiny"},),

@@ -10,19 +10,25 @@ import math
 
 import cupy
 import numpy as np
+from numpy.typing import NDArray
 
 from rcpformat.spec import ceil_div
 from rcprun.backends.cuda.kvcache import KVCache, vector_bytes
-from rcprun.backends.cuda.launch import check, kernel, multiprocessors
+from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel, multiprocessors
+from rcprun.backends.cuda.rope import Rope
 
 MAX_HEAD_DIM = 512
 _NO_WINDOW = 2**31 - 1
 _COLUMNS = 4
 """Query heads of one block while decoding; of each of a warp's tiles in prefill."""
-_MAX_SPLITS = 128
+_MAX_TEAMS = 128
 _BLOCKS_PER_MULTIPROCESSOR = 2
-_FEWEST_SPLITS = 4
-"""Also where there are blocks enough: sequences differ in length."""
+_MAX_CLUSTER = 8
+_FEWEST_BLOCKS = 4, 2
+"""Of a row and group of heads, also where there are blocks enough: sequences differ in length. Without and with
+clusters."""
+_OTHER_SHARED = 32 * 1024
+"""Bytes of shared memory that decoding needs at most besides the ring of tiles."""
 _PREFILL_WARPS = 4
 
 
@@ -32,14 +38,14 @@ class Decode:
     The launches do not depend on positions or slots, so that they can be captured in a graph.
     """
 
-    def __init__(self, cache: KVCache, heads: int, rows: int) -> None:
+    def __init__(self, cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> None:
+        """hopper: False for the way of older GPUs, which they take by themselves."""
         self._cache, self._heads, self._rows = cache, heads, rows
-        self._groups = _head_groups(cache, heads)
-        self._splits = _splits(cache, self._groups * rows)
-        self._arrived = cupy.zeros(rows * self._groups, dtype=np.uint32)
-        columns = rows * self._groups * self._splits * _COLUMNS
-        self._partial = cupy.empty((columns, _padded(cache)), dtype=np.float32)
-        self._partial_scale = cupy.empty((columns, 2), dtype=np.float32)
+        self._hopper, self._clusters = hopper, hopper and _has_clusters()
+        partial, scale, arrived = _workspace(cache, heads, rows, self._clusters)
+        self._arrived = cupy.zeros(arrived, dtype=np.uint32)
+        self._partial = cupy.empty(partial, dtype=np.float32)
+        self._partial_scale = cupy.empty(scale, dtype=np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -59,17 +65,61 @@ class Decode:
 
         position_M, slot_M: int32.
         """
-        cache, count = self._cache, len(q_MC)
+        check(q_MC, "q", np.float32, (len(q_MC), self._heads * self._cache.head_dim))
+        constants = (None, None, None, None, None)
+        defines = (("FUSED", 0), ("PALEY", 0), ("HADAMARD", 1))
+        self._launch(q_MC, position_M, slot_M, layer, window, out_MC, defines, constants, (np.float32(0),) * 4)
+
+    def fused(
+        self,
+        qkv_MC: cupy.ndarray,
+        position_M: cupy.ndarray,
+        slot_M: cupy.ndarray,
+        layer: int,
+        window: int | None,
+        out_MC: cupy.ndarray,
+        rope: Rope,
+        kv_clip: NDArray[np.float32],
+        qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None = None,
+    ) -> None:
+        """The same, and rope(qkv_MC, ...) before it, in one launch: steps 2 to 6. No two rows of one slot."""
+        cache = self._cache
+        check(qkv_MC, "qkv", np.float32, (len(qkv_MC), (self._heads + 2 * cache.kv_heads) * cache.head_dim))
+        constants = (*rope.gains(qk_gain), rope.cos_T2, rope.sin_T2, rope.paley)
+        scalars = (rope.eps, rope.norm, *map(np.float32, kv_clip))
+        defines = (("FUSED", 1), *rope.hadamard)
+        self._launch(qkv_MC, position_M, slot_M, layer, window, out_MC, defines, constants, scalars)
+
+    def _launch(
+        self,
+        x_MC: cupy.ndarray,
+        position_M: cupy.ndarray,
+        slot_M: cupy.ndarray,
+        layer: int,
+        window: int | None,
+        out_MC: cupy.ndarray,
+        defines: tuple[tuple[str, int], ...],
+        constants: tuple[cupy.ndarray | None, ...],
+        scalars: tuple[np.float32, ...],
+    ) -> None:
+        cache, count = self._cache, len(x_MC)
         assert count <= self._rows
-        for name, array in (("q", q_MC), ("out", out_MC)):
-            check(array, name, np.float32, (count, self._heads * cache.head_dim))
+        check(out_MC, "out", np.float32, (count, self._heads * cache.head_dim))
         for name, array in (("position", position_M), ("slot", slot_M)):
             check(array, name, np.int32, (count,))
-        kernel("attention", "decode_attention", (("HEAD_DIM", cache.head_dim), ("BITS", cache.bits))).launch(
-            (self._splits, self._groups, count),
-            32 * (8 if _padded(cache) <= 256 else 4),
+        groups = _head_groups(cache, self._heads)
+        cluster, teams = _blocks(cache, groups * count, self._clusters)
+        warps, stages, ring_bytes = _ring(cache)
+        few_blocks = groups * count > multiprocessors()
+        defines += (("HEAD_DIM", cache.head_dim), ("BITS", cache.bits))
+        defines += (("WARPS", warps), ("STAGES", stages), ("CLUSTER", cluster))
+        defines += () if self._hopper else ((NO_HOPPER, 1),)
+        kernel("attention", "decode_attention", defines).launch(
+            (teams * cluster, groups, count),
+            32 * warps,
             (
-                q_MC,
+                x_MC,
+                *constants,
                 cache.key_NGTB[layer],
                 cache.value_NGTB[layer],
                 cache.scale_NGT2[layer],
@@ -79,8 +129,13 @@ class Decode:
                 self._partial,
                 self._partial_scale,
                 self._arrived,
-                *_sizes(cache, self._heads, window),
+                *_sizes(cache, self._heads // cache.kv_heads, window),
+                np.int32(few_blocks),
+                _score_scale(cache),
+                *scalars,
             ),
+            shared=ring_bytes,
+            cluster=cluster,
             overlap=True,
         )
 
@@ -107,21 +162,33 @@ def prefill(
             out_MC,
             *map(np.int32, (count, start, slot)),
             *_sizes(cache, heads, window),
+            _score_scale(cache),
         ),
         overlap=True,
     )
 
 
-def decode_workspace_bytes(cache: KVCache, heads: int, rows: int) -> int:
+def decode_workspace_bytes(cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> int:
     """What a Decode would hold, without allocating it."""
-    groups = rows * _head_groups(cache, heads)
-    return 4 * groups * (1 + _splits(cache, groups) * _COLUMNS * (_padded(cache) + 2))
+    return 4 * sum(_workspace(cache, heads, rows, hopper and _has_clusters()))
 
 
-def _sizes(cache: KVCache, heads: int, window: int | None) -> tuple[np.int32 | np.float32, ...]:
-    visible = min(window or _NO_WINDOW, _NO_WINDOW)
-    scale = np.float32(math.log2(math.e) / math.sqrt(cache.head_dim))
-    return (*map(np.int32, (heads, cache.kv_heads, cache.capacity, visible)), scale)
+def _workspace(cache: KVCache, heads: int, rows: int, clusters: bool) -> tuple[int, int, int]:
+    """Words of sums, of their scales, of counters: enough for any number of rows up to `rows`."""
+    groups = [count * _head_groups(cache, heads) for count in range(1, rows + 1)]
+    blocks = [(g, *_blocks(cache, g, clusters)) for g in groups]
+    partial = max(g * teams for g, _, teams in blocks) * _COLUMNS * _padded(cache)
+    scale = max(g * teams * cluster for g, cluster, teams in blocks) * _COLUMNS * 2
+    return partial, scale, max(g * cluster for g, cluster, _ in blocks)
+
+
+def _sizes(cache: KVCache, first: int, window: int | None) -> tuple[np.int32, ...]:
+    """first: query heads, all or of a KV head."""
+    return tuple(map(np.int32, (first, cache.kv_heads, cache.capacity, min(window or _NO_WINDOW, _NO_WINDOW))))
+
+
+def _score_scale(cache: KVCache) -> np.float32:
+    return np.float32(math.log2(math.e) / math.sqrt(cache.head_dim))
 
 
 def _padded(cache: KVCache) -> int:
@@ -133,7 +200,25 @@ def _head_groups(cache: KVCache, heads: int) -> int:
     return cache.kv_heads * ceil_div(heads // cache.kv_heads, _COLUMNS)
 
 
-def _splits(cache: KVCache, groups: int) -> int:
-    """Blocks that share the tokens of one row and group of heads: as many as run at once, and the context can use."""
-    useful = ceil_div(cache.capacity, 256)
-    return min(_MAX_SPLITS, useful, max(_FEWEST_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * multiprocessors() // groups))
+def _has_clusters() -> bool:
+    return int(cupy.cuda.Device().compute_capability) >= 90
+
+
+def _blocks(cache: KVCache, groups: int, clusters: bool) -> tuple[int, int]:
+    """Blocks to a cluster, and clusters, that share the tokens of a row and group of heads: as many as run at once, and
+    the context can use."""
+    at_once = _BLOCKS_PER_MULTIPROCESSOR * multiprocessors() // groups
+    fewest = _FEWEST_BLOCKS[clusters]
+    cluster = min(_MAX_CLUSTER, max(fewest, 1 << max(1, at_once).bit_length() - 1)) if clusters else 1
+    useful = ceil_div(cache.capacity, 256 * cluster)
+    return cluster, min(_MAX_TEAMS, useful, max(1, fewest // cluster, at_once // cluster))
+
+
+def _ring(cache: KVCache) -> tuple[int, int, int]:
+    """Warps of a block while decoding, tiles that each has in shared memory, and bytes of all. Tiles: attention.cu."""
+    vector = vector_bytes(cache.head_dim, cache.bits)
+    tile = (2 * vector + 8) * (32 if vector <= 64 else 16)
+    warps = 8 if tile < 5000 else 4 if tile < 10000 else 2
+    limit = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]) - _OTHER_SHARED
+    stages = 3 if warps > 2 and 3 * warps * tile <= limit else 2
+    return warps, stages, warps * stages * tile

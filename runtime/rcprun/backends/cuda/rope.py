@@ -21,25 +21,28 @@ _WARPS = 4
 
 
 class Rope:
-    """SPEC.md, "Attention", steps 2 to 5, for all layers: the RoPE tables and the Hadamard matrix on the GPU."""
+    """SPEC.md, "Attention", steps 2 to 5, for all layers: the RoPE tables and the Hadamard matrix on the GPU.
+
+    While decoding, attention.Decode takes them and does these steps itself.
+    """
 
     def __init__(self, architecture: Architecture, inv_freq: NDArray[np.float64], context: int, *, r3: bool) -> None:
         """context: positions to come. r3: whether heads of q and k are rotated."""
         a = architecture
         assert a.head_dim <= MAX_HEAD_DIM
         self._heads, self._kv_heads, self._head_dim = a.num_heads, a.num_kv_heads, a.head_dim
-        self._eps = np.float32(a.rms_norm_eps)
+        self.eps = np.float32(a.rms_norm_eps)
         tables = arithmetic.rope_tables(np.arange(context), inv_freq, a.rope_attention_factor)
-        self._cos_T2, self._sin_T2 = map(cupy.asarray, tables)
+        self.cos_T2, self.sin_T2 = map(cupy.asarray, tables)
         plan = hadamard_factor(a.head_dim)
-        self._norm = np.float32(plan.norm)
-        self._paley = cupy.asarray(paley_matrix(plan.m)) if r3 and plan.m > 1 else None
-        self._hadamard = (("PALEY", plan.m if r3 else 0), ("HADAMARD", plan.block))
+        self.norm = np.float32(plan.norm)
+        self.paley = cupy.asarray(paley_matrix(plan.m)) if r3 and plan.m > 1 else None
+        self.hadamard = (("PALEY", plan.m if r3 else 0), ("HADAMARD", plan.block))
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return int(self._cos_T2.nbytes + self._sin_T2.nbytes + (0 if self._paley is None else self._paley.nbytes))
+        return int(self.cos_T2.nbytes + self.sin_T2.nbytes + (0 if self.paley is None else self.paley.nbytes))
 
     def __call__(
         self,
@@ -63,27 +66,32 @@ class Rope:
         check(q_MC, "q", np.float32, (count, self._heads * width))
         for name, array in (("position", position_M), ("slot", slot_M)):
             check(array, name, np.int32, (count,))
-        gains = (None, None) if qk_gain is None else tuple(check(g, "qk_gain", np.float32, (width,)) for g in qk_gain)
-        defines = (("HEAD_DIM", width), ("BITS", cache.bits), *self._hadamard)
+        defines = (("HEAD_DIM", width), ("BITS", cache.bits), *self.hadamard)
         kernel("rope", "rope", defines).launch(
             (count, ceil_div(all_heads, _WARPS), 1),
             32 * _WARPS,
             (
                 qkv_MC,
-                *gains,
-                self._cos_T2,
-                self._sin_T2,
+                *self.gains(qk_gain),
+                self.cos_T2,
+                self.sin_T2,
                 position_M,
                 slot_M,
-                self._paley,
+                self.paley,
                 q_MC,
                 cache.key_NGTB[layer],
                 cache.value_NGTB[layer],
                 cache.scale_NGT2[layer],
                 *map(np.int32, (self._heads, self._kv_heads, cache.capacity)),
-                self._eps,
-                self._norm,
+                self.eps,
+                self.norm,
                 *map(np.float32, kv_clip),
             ),
             overlap=True,
         )
+
+    def gains(self, qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None) -> tuple[cupy.ndarray | None, ...]:
+        """As kernels take them."""
+        if qk_gain is None:
+            return (None, None)
+        return tuple(check(gain, "qk_gain", np.float32, (self._head_dim,)) for gain in qk_gain)

@@ -29,12 +29,20 @@ def _linear(tokens: int, a_bits: int, group: int, prologue: int, epilogue: int, 
     return {**form, "PLANES": planes, "SLOTS": 4 if tokens == 1 else 3, "PACED": paced}
 
 
+def _decode(
+    head_dim: int, bits: int, *, warps: int, stages: int, cluster: int, paley: int = -1, hadamard: int = 1
+) -> Definitions:
+    """Of attention.cu. paley: of what is fused; -1: nothing is."""
+    shape = {"HEAD_DIM": head_dim, "BITS": bits, "WARPS": warps, "STAGES": stages, "CLUSTER": cluster}
+    return {**shape, "FUSED": int(paley >= 0), "PALEY": max(0, paley), "HADAMARD": hadamard}
+
+
 VARIANTS: dict[str, tuple[Definitions, ...]] = {
     "attention": (
-        {"HEAD_DIM": 128, "BITS": 4},
-        {"HEAD_DIM": 64, "BITS": 8},
-        {"HEAD_DIM": 20, "BITS": 4},
-        {"HEAD_DIM": 512, "BITS": 4},
+        _decode(128, 4, warps=8, stages=3, cluster=1, paley=1, hadamard=128),
+        _decode(64, 8, warps=8, stages=2, cluster=1, paley=0, hadamard=64),
+        _decode(20, 4, warps=8, stages=3, cluster=1, paley=20, hadamard=20),
+        _decode(512, 8, warps=2, stages=2, cluster=1),
     ),
     "bandwidth": ({},),
     "embed": ({"RCP_STRIDES": 4, "RCP_THREADS": 256},),
@@ -81,6 +89,11 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
 """Name of a `.cu` file to its definition sets, each of which defines all that the file asks for."""
 
 HOPPER_VARIANTS: dict[str, tuple[Definitions, ...]] = {
+    "attention": (
+        _decode(128, 4, warps=8, stages=3, cluster=8, paley=1, hadamard=128),
+        _decode(64, 8, warps=8, stages=3, cluster=4),
+        _decode(256, 8, warps=4, stages=3, cluster=2, paley=0, hadamard=256),
+    ),
     "hadamard": (
         _layout(dense=16, columns=256, groups=4, row_parts=1, mt=1, nt=1, codes=1),  # 4096, few tokens
         _layout(dense=344, columns=32, groups=4, row_parts=2, mt=1, nt=1, codes=1),  # 11008, few

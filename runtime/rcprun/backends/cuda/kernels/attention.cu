@@ -1,79 +1,295 @@
-// One token of each of M sequences, each at its own position: attention while decoding. q, keys, values, scales, out and
+// One token of each of M sequences, each at its own position: attention while decoding. keys, values, scales, out and
 // their limits: attention.cuh.
+//   qkv             f32 [M][(H + 2G) * D]: heads of q, of k, of v as the linear layer gives them, where FUSED; the
+//                   kernel does then what rope.cu does, and writes key and value of each token into the cache. No two
+//                   rows of one slot. Otherwise [M][H * D], the queries; all of the cache is there already.
+//   q_gain, k_gain, cosine, sine, paley, eps, norm, key_clip, value_clip   as in rope.cu where FUSED, unused otherwise
 //   position, slot  i32 [M]
-//   partial         f32 [M][G * chunks][splits][COLUMNS][P]; any contents
-//   partial_scale   f32 [M][G * chunks][splits][COLUMNS][2] (peak, total); any contents
-//   arrived         u32 [M][G * chunks]; zeros before, zeros after
+//   partial         f32 [M][G * chunks][teams][COLUMNS][P]; any contents
+//   partial_scale   f32 [M][G * chunks][teams][CLUSTER][COLUMNS][2] (peak, total); any contents
+//   arrived         u32 [M][G * chunks][CLUSTER]; zeros before, zeros after
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
-// Grid (splits, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head, splits (at
-// most 128) the tokens. The grid knows no position: a split takes an equal share of the visible tokens, a tile for every
-// warp at least; splits beyond what they need leave at once. The last block of a (token, chunk) adds up all, in order.
+// Grid (teams * CLUSTER, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head,
+// teams (at most 128) the tokens. A team is a cluster of blocks, of which few_blocks uses no more than have a tile for
+// every warp. The grid knows no position: blocks beyond what the visible tokens need leave at once. Blocks of a team add
+// up through shared memory, teams through global memory: the last one to come adds up all, in order.
 //
-// Defines: HEAD_DIM, BITS (4 or 8).
+// A warp copies tiles to a ring of STAGES in shared memory, STAGES * WARPS * (16 or 32, Columns<1>::TOKENS) * (P * BITS
+// / 4 + 8) bytes for all. The new token's key and value are put into the ring by the warp that has its tile, and are
+// read from nowhere else.
+//
+// Defines: HEAD_DIM, BITS (4 or 8), WARPS, STAGES (2 or more), CLUSTER (1, 2, 4 or 8; 1 before sm_90), FUSED (0 or 1),
+// PALEY and HADAMARD (as in rope.cu; 0 and any where not FUSED).
 #ifndef HEAD_DIM
 #error "HEAD_DIM: channels of a head"
 #endif
 #ifndef BITS
 #error "BITS: 4 or 8, of a code"
 #endif
+#ifndef WARPS
+#error "WARPS: of a block"
+#endif
+#ifndef STAGES
+#error "STAGES: tiles that a warp has in shared memory"
+#endif
+#ifndef CLUSTER
+#error "CLUSTER: blocks of a team"
+#endif
+#ifndef FUSED
+#error "FUSED: 1 where queries, keys and values come from the linear layer, 0 where rope.cu has been"
+#endif
+#ifndef PALEY
+#error "PALEY: order of the Paley factor of the Hadamard transform, or 0"
+#endif
+#ifndef HADAMARD
+#error "HADAMARD: order of a block of the Hadamard transform"
+#endif
 #include "attention.cuh"
+#include "rope.cuh"
+
+#if CLUSTER > 1 && !RCP_HOPPER
+#error "CLUSTER: 1 before sm_90"
+#endif
 
 using Decode = Columns<1>;
-constexpr int COLUMNS = Decode::COUNT;
-constexpr int WARPS = PADDED <= 256 ? 8 : 4;
+constexpr int COLUMNS = Decode::COUNT, TOKENS = Decode::TOKENS, BLOCKS_OF_16 = Decode::BLOCKS_OF_16;
 constexpr int ROW = PADDED + 4;  // floats: no bank conflicts between columns
-constexpr int MAX_SPLITS = 128;
+constexpr int QUADS = PADDED / 4;
+constexpr int MAX_TEAMS = 128;
+constexpr int ENOUGH = CLUSTER > 1 ? 3 : 1;  // tiles of a warp, at most, that are sooner done than teams' sums
+constexpr int KEY_BYTES = TOKENS * ROW_WORDS * 4;  // of a tile's keys, and of its values
+constexpr int PAIR_BYTES = ROW_WORDS * 8;               // of a pair of values
+constexpr int VECTORS = COLUMNS + (FUSED ? 2 : 0);
 
+// A tile of the sequence, as it lies in the cache.
+struct alignas(16) Tile {
+    u32 keys[TOKENS * ROW_WORDS], values[TOKENS * ROW_WORDS];
+    uint2 scales[TOKENS];
+};
 struct alignas(4 * UNIT) Unit {
     float x[UNIT];
 };
+struct Part {
+    float4 sum;
+    float peak, total;
+};
 
-// One token of each of M sequences, each at its own position. Grid (splits, G * chunks, M) with chunks = ceil(R /
-// COLUMNS), WARPS warps to a block. A split takes equal shares of the visible tokens, whole tiles for every warp; splits
-// beyond what the position needs leave at once. The last of a (token, KV head, chunk) adds up all, in order.
-//   position, slot  i32 [M]
-//   partial         f32 [M][G * chunks][splits][COLUMNS][PADDED]; any contents
-//   partial_scale   f32 [M][G * chunks][splits][COLUMNS][2] (peak, total); any contents
-//   arrived         u32 [M][G * chunks]; zeros before, zeros after
-// window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D). splits at most 256.
+// In shared memory, 32 bytes in 128 of a pair of values change places, so that lanes that read four pairs at a time read
+// different banks. at: in the values of a tile, in bytes.
+__device__ __forceinline__ u32 value_place(u32 at) {
+    return VECTOR == 4 ? at ^ at / PAIR_BYTES % 4 * 32 : at;
+}
+
+// Tile number `tile` of keys, values or scales to shared memory. from: the lane's part of tile 0.
+template <int BYTES, bool VALUES>
+__device__ __forceinline__ void copy_by_warp(u32 to, const u8* from, int tile) {
+    const u32 mine = (threadIdx.x & 31) * 16, place = VALUES ? value_place(mine) : mine;
+    from += (i64)tile * BYTES;
+#pragma unroll
+    for (int i = 0; i < BYTES; i += 32 * 16) {
+        const bool same = !VALUES || 32 * 16 % (4 * PAIR_BYTES) == 0;  // place for all i
+        if (i + 32 * 16 <= BYTES || i + mine < BYTES) copy_async(to + (same ? i + place : value_place(i + mine)), from + i);
+    }
+}
+
+// to.peak is the largest of all parts' peaks already.
+__device__ __forceinline__ void add_part(Part& to, const float4& x, float peak, float total) {
+    const float f = exp2_approx(peak - to.peak);
+    to.sum = {fmaf(f, x.x, to.sum.x), fmaf(f, x.y, to.sum.y), fmaf(f, x.z, to.sum.z), fmaf(f, x.w, to.sum.w)};
+    to.total = fmaf(f, total, to.total);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
-    decode_attention(const float* q, const u32* keys, const u32* values, const uint2* scales, const i32* position,
-                     const i32* slot, float* out, float* partial, float* partial_scale, u32* arrived, int heads,
-                     int kv_heads, int capacity, int window, float scale) {
-    __shared__ __align__(16) float part[WARPS][COLUMNS][ROW];
+    decode_attention(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
+                     const i8* paley, u32* keys, u32* values, uint2* scales, const i32* position, const i32* slot,
+                     float* out, float* partial, float* partial_scale, u32* arrived, int group, int kv_heads,
+                     int capacity, int window, int few_blocks, float scale, float eps, float norm, float key_clip,
+                     float value_clip) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ __align__(16) float vectors[VECTORS][PADDED];
+    __shared__ __align__(16) float scratch[WARPS][SCRATCH > 0 ? SCRATCH : 1];
+    __shared__ __align__(16) uint2 fragments[STEPS][32];
+    __shared__ u16 new_codes[2][2 * ROW_WORDS];
+    __shared__ uint2 new_scale;
+    __shared__ float q_peak[COLUMNS], q_sum[COLUMNS];
     __shared__ float part_peak[WARPS][COLUMNS], part_total[WARPS][COLUMNS];
+    __shared__ __align__(8) float2 block_scale[COLUMNS];
     __shared__ bool is_last;
-    static_assert(sizeof(part) >= sizeof(float) * COLUMNS * (MAX_SPLITS + 1), "part also holds the factors of splits");
+    Tile(*const ring)[STAGES] = reinterpret_cast<Tile(*)[STAGES]>(memory);
+    float(*const part)[COLUMNS][ROW] = reinterpret_cast<float(*)[COLUMNS][ROW]>(memory);  // once the ring is done
+    static_assert(sizeof(Tile) * STAGES >= sizeof(float) * COLUMNS * ROW, "part lies in the ring");
+    static_assert(sizeof(Tile) * STAGES * WARPS >= sizeof(float) * COLUMNS * (MAX_TEAMS + 1), "and factors of teams");
     pdl_launch();
-    pdl_wait();
-    const int row = blockIdx.z, splits = gridDim.x;
-    const int query_position = position[row];
-    const int first = max(0, query_position - window + 1);
-    const int first_tile = first / Decode::TOKENS, tiles = query_position / Decode::TOKENS + 1 - first_tile;
-    const int share = max(WARPS, (tiles + splits - 1) / splits);
-    const int used = (tiles + share - 1) / share;
-    if (blockIdx.x >= used) return;
 
-    const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-    const int group = heads / kv_heads, chunks = gridDim.y / kv_heads;
-    const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
+    const int row = blockIdx.z, heads = group * kv_heads, chunks = (group + COLUMNS - 1) / COLUMNS;
+    const int kv_head = chunks == 1 ? blockIdx.y : blockIdx.y / chunks, first_column = (blockIdx.y - kv_head * chunks) * COLUMNS;
     const int columns = min(COLUMNS, group - first_column);
-    const i64 first_channel = ((i64)row * heads + kv_head * group + first_column) * HEAD_DIM;
+    const int teams = gridDim.x / CLUSTER, team = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+    const i64 first_head = (i64)row * (FUSED ? heads + 2 * kv_heads : heads);
+    auto source = [&](int job) {  // of a query, of the key, of the value
+        const int head = job < columns ? kv_head * group + first_column + job : heads + (job - columns) * kv_heads + kv_head;
+        return qkv + (first_head + head) * HEAD_DIM;
+    };
+    const float* const mine = source(min(warp, columns + (FUSED ? 1 : -1)));
+    pdl_wait();
 
+    // What waits for nothing is asked for first, or the compiler has it wait for the position.
+    Head head;
+    head.load(mine);
+    const int query_position = load_now(position + row), my_slot = load_now(slot + row);
+    if (FUSED) head.load_angles<true>(cosine, sine, query_position);
+    __syncwarp();  // keeps the compiler from asking for tiles before: loads come back in order
+    const int first = max(0, query_position - window + 1);
+    const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
+    constexpr int TEAM_WARPS = CLUSTER * WARPS;
+    const int used_teams = tiles <= ENOUGH * TEAM_WARPS ? 1 : min(teams, (tiles + TEAM_WARPS - 1) / TEAM_WARPS);
+    const int begin = used_teams == 1 ? 0 : tiles * team / used_teams;
+    const int end = used_teams == 1 ? tiles : tiles * (team + 1) / used_teams;
+    const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? (tiles + WARPS - 1) / WARPS : tiles;
+    int blocks = 1;  // a power of two
+#pragma unroll
+    for (int b = 2; b <= CLUSTER; b *= 2)
+        if (b <= wanted) blocks = b;
+    if (team >= used_teams || rank >= blocks) return;
+    const bool has_new = FUSED && team == used_teams - 1 && rank == ((end - begin - 1) & (blocks - 1));
+    const int jobs = columns + (has_new ? 2 : 0);
+
+    const Sequence s = sequence(keys, values, scales, my_slot, kv_head, kv_heads, capacity);
+    const int last_tile = first_tile + end - 1, stride = blocks * WARPS;
+    const int my_first = first_tile + begin + rank + blocks * warp;
+    const u32 my_ring = shared_address(ring[warp]);
+    const u8* const my_keys = reinterpret_cast<const u8*>(s.keys) + lane * 16;
+    const u8* const my_values = reinterpret_cast<const u8*>(s.values) + lane * 16;
+    const u8* const my_scales = reinterpret_cast<const u8*>(s.scales) + lane * 16;
+    auto copy_tile = [&](int stage, int tile) {
+        const u32 to = my_ring + stage * (u32)sizeof(Tile);
+        copy_by_warp<KEY_BYTES, false>(to, my_keys, tile);
+        copy_by_warp<KEY_BYTES, true>(to + KEY_BYTES, my_values, tile);
+        copy_by_warp<sizeof(Tile) - 2 * KEY_BYTES, false>(to + 2 * KEY_BYTES, my_scales, tile);
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (my_first + i * stride <= last_tile) copy_tile(i, my_first + i * stride);
+        commit_copies();
+    }
+
+    // ---- the query, the new key and the new value
+    for (int job = warp; job < jobs; job += WARPS) {
+        const bool is_query = job < columns, is_value = job > columns;
+        if (job != warp) {
+            head.load(source(job));
+            if (FUSED) head.load_angles<true>(cosine, sine, query_position);
+        }
+        if (FUSED && !is_value) {
+            const float* gain = is_query ? q_gain : k_gain;
+            if (gain) head.normalize(gain, eps);
+            head.rotate();
+        }
+        float* x = vectors[is_query ? job : COLUMNS + job - columns];
+        head.store(x, scratch[warp], FUSED && !is_value, paley, norm);
+        if (is_query) {
+            float peak = 0.0f, sum = 0.0f;
+            for (int i = lane; i < PADDED; i += 32) {
+                if (i >= HEAD_DIM) x[i] = 0.0f;
+                peak = max_or_nan(peak, fabsf(x[i]));
+                sum += x[i];
+            }
+            peak = warp_max(peak);
+            sum = warp_sum(sum);
+            if (lane == 0) q_peak[job] = peak, q_sum[job] = sum;
+        } else {
+            const i64 vector = ((i64)my_slot * kv_heads + kv_head) * capacity + query_position;
+            const int odd = query_position % 2;
+            u16* to = is_value ? reinterpret_cast<u16*>(values) + (vector - odd) * 2 * ROW_WORDS + odd
+                               : reinterpret_cast<u16*>(keys) + vector * 2 * ROW_WORDS;
+            const u32 scale_bits = quantize_head(x, is_value ? value_clip : key_clip, [&](int i, u16 codes) {
+                new_codes[is_value][i] = codes;
+                if (first_column == 0) to[is_value ? 2 * i : i] = codes;
+            });
+            if (lane == 0) {
+                (is_value ? new_scale.y : new_scale.x) = scale_bits;
+                if (first_column == 0) (is_value ? scales[vector].y : scales[vector].x) = scale_bits;
+            }
+        }
+    }
+    __syncthreads();
+    for (int step = warp; step < STEPS; step += WARPS) {
+        const int channel = word_index(step / (UNIT / 2), j, 4) * 2 * UNIT + step % (UNIT / 2) * 2, column = g / 2;
+        uint2 both = {0, 0};
+        if (column < columns) {
+            const float* x = vectors[column] + channel;
+            const float up = scaled_up(q_peak[column]);
+            const u32 half = g & 1 ? 0x7632 : 0x5410;
+            both.x = __byte_perm(split(x[0] * up), split(x[UNIT] * up), half);
+            both.y = __byte_perm(split(x[1] * up), split(x[UNIT + 1] * up), half);
+        }
+        fragments[step][lane] = both;
+    }
+    __syncthreads();
     Decode warp_columns;
-    const float* query[1] = {g / 2 < columns ? q + first_channel + g / 2 * HEAD_DIM : nullptr};
+    warp_columns.clear();
     warp_columns.position[0] = j < columns ? query_position : -1;
-    warp_columns.start(query, scale);
-    const int begin = first_tile + blockIdx.x * share, end = first_tile + min(tiles, (int)(blockIdx.x + 1) * share);
-    warp_columns.attend(sequence(keys, values, scales, slot[row], kv_head, kv_heads, capacity), begin + warp, end,
-                        WARPS, first, query_position, window);
+    warp_columns.factor[0] = j < columns ? scaled_down(q_peak[j]) * scale : 0.0f;
+    warp_columns.sum[0] = j < columns ? q_sum[j] * scale : 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        const uint2 both = fragments[step][lane];
+        warp_columns.q[0][step][0] = both.x, warp_columns.q[0][step][1] = both.y;
+    }
 
+    // ---- this warp's tiles
+    int stage = 0, free_stage = STAGES - 1;
+    for (int tile = my_first; tile <= last_tile; tile += stride) {
+        wait_for_copies<STAGES - 2>();
+        __syncwarp();  // all have come, and all lanes are done with the stage that is free
+        const int coming = tile + (STAGES - 1) * stride;
+        if (coming <= last_tile) copy_tile(free_stage, coming);
+        commit_copies();
+        Tile& here = ring[warp][stage];
+        if (has_new && tile == last_tile) {
+            const int token = query_position % TOKENS, odd = token % 2;
+            u16* key = reinterpret_cast<u16*>(here.keys) + token * 2 * ROW_WORDS;
+            const int pair = (token - odd) * 2 * ROW_WORDS + odd;
+            for (int i = lane; i < HALF_WORDS; i += 32) {
+                key[i] = new_codes[0][i];
+                reinterpret_cast<u16*>(here.values)[value_place(2 * (pair + 2 * i)) / 2] = new_codes[1][i];
+            }
+            if (lane == 0) here.scales[token] = new_scale;
+            __syncwarp();
+        }
+        u32 words[BLOCKS_OF_16][2][WORDS], weight[BLOCKS_OF_16][1][2];
+        uint2 scale_bits[BLOCKS_OF_16][2];
+        float dot[BLOCKS_OF_16][1][4];
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int token = 16 * b + 8 * half;
+                load_words(words[b][half], here.keys + (token + g) * ROW_WORDS, j, 4);
+                scale_bits[b][half] = here.scales[token + g];
+            }
+        warp_columns.multiply_keys(dot, words);
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                load_words(words[b][half], here.values + (16 * b + 8 * half + 2 * j) * ROW_WORDS, VECTOR == 4 ? g ^ 2 * j : g, 8);
+        warp_columns.softmax(weight, dot, scale_bits, tile * TOKENS + g, first, query_position, window);
+        warp_columns.add_values(weight, words);
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+        free_stage = free_stage == STAGES - 1 ? 0 : free_stage + 1;
+    }
+    warp_columns.add_lanes();
+
+    // ---- the sum of warps, of the team, of teams
+    __syncthreads();
     warp_columns.for_each_unit([&](int, int channel, const float (&x)[UNIT]) {
         if (j >= columns) return;
         Unit unit;
 #pragma unroll
-        for (int s = 0; s < UNIT; s++) unit.x[s] = x[s];
+        for (int c = 0; c < UNIT; c++) unit.x[c] = x[c];
         *reinterpret_cast<Unit*>(&part[warp][j][channel]) = unit;
     });
     if (g == 0) {
@@ -82,71 +298,100 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     }
     __syncthreads();
 
-    const i64 place = ((i64)row * gridDim.y + blockIdx.y) * splits;
-    float4* const block_partial = reinterpret_cast<float4*>(partial + place * COLUMNS * PADDED);
-    float* const block_scale = partial_scale + place * COLUMNS * 2;
-    constexpr int QUADS = PADDED / 4;
-    auto write_out = [&](int column, int channel, const float4& x, float total) {
-        float* to = out + first_channel + (i64)column * HEAD_DIM + channel;
+    const i64 problem = (i64)row * gridDim.y + blockIdx.y;
+    float4* const team_partial = reinterpret_cast<float4*>(partial) + problem * teams * COLUMNS * QUADS;
+    float2* const team_scale = reinterpret_cast<float2*>(partial_scale) + (problem * teams * CLUSTER + rank) * COLUMNS;
+    auto write_out = [&](int index, const float4& x, float total) {
+        const int column = index / QUADS, channel = index % QUADS * 4;
+        float* to = out + (((i64)row * heads + kv_head * group + first_column + column) * HEAD_DIM + channel);
         const float y[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int c = 0; c < 4; c++)
             if (channel + c < HEAD_DIM) to[c] = __fdiv_rn(y[c], total);
     };
+    auto write_team = [&](int index, const Part& p) {
+        if (used_teams == 1) return write_out(index, p.sum, p.total);
+        __stcg(team_partial + team * COLUMNS * QUADS + index, p.sum);
+        __stcg(team_scale + team * CLUSTER * COLUMNS + index / QUADS, float2{p.peak, p.total});
+    };
     for (int index = threadIdx.x; index < columns * QUADS; index += 32 * WARPS) {
         const int column = index / QUADS, channel = index % QUADS * 4;
-        float peak = NEVER;
-        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, part_peak[w][column]);
-        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        float total = 0.0f;
-        for (int w = 0; w < WARPS; w++) {
-            const float f = exp2_approx(part_peak[w][column] - peak);
-            const float4 x = *reinterpret_cast<const float4*>(&part[w][column][channel]);
-            sum = {fmaf(f, x.x, sum.x), fmaf(f, x.y, sum.y), fmaf(f, x.z, sum.z), fmaf(f, x.w, sum.w)};
-            total = fmaf(f, part_total[w][column], total);
-        }
-        if (used == 1) {
-            write_out(column, channel, sum, total);
+        Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) p.peak = fmaxf(p.peak, part_peak[w][column]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            add_part(p, *reinterpret_cast<const float4*>(&part[w][column][channel]), part_peak[w][column], part_total[w][column]);
+        if (blocks == 1) {
+            write_team(index, p);
         } else {
-            __stcg(block_partial + blockIdx.x * COLUMNS * QUADS + index, sum);
-            if (channel == 0)
-                __stcg(reinterpret_cast<float2*>(block_scale) + blockIdx.x * COLUMNS + column, float2{peak, total});
+            *reinterpret_cast<float4*>(&part[0][column][channel]) = p.sum;
+            if (channel == 0) block_scale[column] = {p.peak, p.total};
         }
     }
-    if (used == 1) return;
+    const int slice = (columns * QUADS + blocks - 1) / blocks;  // of the sums, that this block adds up
+    const int slice_begin = rank * slice, slice_end = min(columns * QUADS, slice_begin + slice);
+#if CLUSTER > 1
+    if (blocks > 1) {
+        __syncwarp();
+        cluster_release();
+        cluster_wait();
+        for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
+            const int column = index / QUADS;
+            const u32 sums = shared_address(&part[0][column][index % QUADS * 4]), both = shared_address(block_scale + column);
+            float4 x[CLUSTER];
+            float2 peak_total[CLUSTER];
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++) {
+                const int block = min(b, blocks - 1);
+                peak_total[b] = load2_of_block(block, both);
+                x[b] = load4_of_block(block, sums);
+            }
+            Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++) p.peak = fmaxf(p.peak, peak_total[b].x);
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++)
+                if (b < blocks) add_part(p, x[b], peak_total[b].x, peak_total[b].y);
+            write_team(index, p);
+        }
+        __syncwarp();
+        cluster_release();
+        cluster_wait();  // the others have read what is here
+    }
+#endif
+    if (used_teams == 1) return;
 
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicInc(arrived + (i64)row * gridDim.y + blockIdx.y, used - 1) == used - 1;
+    if (threadIdx.x == 0) is_last = atomicInc(arrived + problem * CLUSTER + rank, used_teams - 1) == used_teams - 1;
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-
-    float(*const split_factor)[MAX_SPLITS + 1] = reinterpret_cast<float(*)[MAX_SPLITS + 1]>(part);
-    for (int column = warp; column < columns; column += WARPS) {
-        const int lane = threadIdx.x & 31;
+    float(*const team_factor)[MAX_TEAMS + 1] = reinterpret_cast<float(*)[MAX_TEAMS + 1]>(memory);
+    for (int column = slice_begin / QUADS + warp; column * QUADS < slice_end; column += WARPS) {
         float peak = NEVER, total = 0.0f;
-        for (int s = lane; s < used; s += 32) peak = fmaxf(peak, __ldcg(block_scale + (s * COLUMNS + column) * 2));
+        for (int t = lane; t < used_teams; t += 32) peak = fmaxf(peak, __ldcg(team_scale + t * CLUSTER * COLUMNS + column).x);
         peak = warp_max(peak);
-        for (int s = lane; s < used; s += 32) {
-            const float2 both = __ldcg(reinterpret_cast<const float2*>(block_scale) + s * COLUMNS + column);
+        for (int t = lane; t < used_teams; t += 32) {
+            const float2 both = __ldcg(team_scale + t * CLUSTER * COLUMNS + column);
             const float f = exp2_approx(both.x - peak);
-            split_factor[column][s] = f;
+            team_factor[column][t] = f;
             total = fmaf(f, both.y, total);
         }
         total = warp_sum(total);
-        if (lane == 0) split_factor[column][MAX_SPLITS] = total;
+        if (lane == 0) team_factor[column][MAX_TEAMS] = total;
     }
     __syncthreads();
-    for (int index = threadIdx.x; index < columns * QUADS; index += 32 * WARPS) {
+    for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
         const int column = index / QUADS;
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
-        for (int s = 0; s < used; s++) {
-            const float f = split_factor[column][s];
-            const float4 x = __ldcg(block_partial + s * COLUMNS * QUADS + index);
+        for (int t = 0; t < used_teams; t++) {
+            const float f = team_factor[column][t];
+            const float4 x = __ldcg(team_partial + t * COLUMNS * QUADS + index);
             sum = {fmaf(f, x.x, sum.x), fmaf(f, x.y, sum.y), fmaf(f, x.z, sum.z), fmaf(f, x.w, sum.w)};
         }
-        write_out(column, index % QUADS * 4, sum, split_factor[column][MAX_SPLITS]);
+        write_out(index, sum, team_factor[column][MAX_TEAMS]);
     }
 }

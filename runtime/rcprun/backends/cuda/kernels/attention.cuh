@@ -47,6 +47,12 @@ __device__ __forceinline__ u32 split(float x) {
     return hi | (u32)lo << 16;
 }
 
+// Powers of two for a query whose largest magnitude is peak: 2^(e - 127) <= peak < 2^(e - 126), times 2^(141 - e) it is
+// below 2^15; and back.
+__device__ __forceinline__ int query_exponent(float peak) { return max(__float_as_int(peak) >> 23, 30); }
+__device__ __forceinline__ float scaled_up(float peak) { return __int_as_float((268 - query_exponent(peak)) << 23); }
+__device__ __forceinline__ float scaled_down(float peak) { return __int_as_float((query_exponent(peak) - 14) << 23); }
+
 // A lane's words of one key (lanes = 4) or of one pair of values (lanes = 8).
 __device__ __forceinline__ void load_words(u32 (&words)[WORDS], const u32* row, int lane, int lanes) {
 #pragma unroll
@@ -132,17 +138,23 @@ struct Columns {
                 peak_q = fmaxf(peak_q, __shfl_xor_sync(FULL_MASK, peak_q, lanes));
                 sum_q += __shfl_xor_sync(FULL_MASK, sum_q, lanes);
             }
-            // 2^(e - 127) <= peak < 2^(e - 126): times 2^(141 - e) it is below 2^15.
-            const int exponent = max(__float_as_int(peak_q) >> 23, 30);
-            const float up = __int_as_float((268 - exponent) << 23), down = __int_as_float((exponent - 14) << 23);
+            const float up = scaled_up(peak_q);
 #pragma unroll
             for (int i = 0; i < WORDS; i++)
 #pragma unroll
                 for (int s = 0; s < UNIT; s++)
                     q[n][i * (UNIT / 2) + s / 2][s % 2] =
                         __byte_perm(split(x[i][s] * up), split(x[i][s + UNIT] * up), g & 1 ? 0x7632 : 0x5410);
-            factor[n] = __shfl_sync(FULL_MASK, down, 8 * j) * scale;
+            factor[n] = __shfl_sync(FULL_MASK, scaled_down(peak_q), 8 * j) * scale;
             sum[n] = __shfl_sync(FULL_MASK, sum_q, 8 * j) * scale;
+        }
+        clear();
+    }
+
+    // As at first: no token seen yet.
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
             peak[n] = NEVER;
             total[n] = mid[n] = 0.0f;
 #pragma unroll
@@ -164,91 +176,68 @@ struct Columns {
         }
         for (int tile = begin; tile < end; tile += stride) {
             const bool more = tile + stride < end;
-            float dot[BLOCKS_OF_16][N_TILES][4] = {};
-#pragma unroll
-            for (int b = 0; b < BLOCKS_OF_16; b++)
-#pragma unroll
-                for (int i = 0; i < WORDS; i++)
-#pragma unroll
-                    for (int h = 0; h < UNIT / 2; h++) {
-                        const u32 a0 = centred(key[b][0][i], 2 * h), a1 = centred(key[b][1][i], 2 * h);
-                        const u32 a2 = centred(key[b][0][i], 2 * h + 1), a3 = centred(key[b][1][i], 2 * h + 1);
-                        const int step = i * (UNIT / 2) + h;
-#pragma unroll
-                        for (int n = 0; n < N_TILES; n++) mma(dot[b][n], a0, a1, a2, a3, q[n][step][0], q[n][step][1]);
-                    }
+            float dot[BLOCKS_OF_16][N_TILES][4];
+            multiply_keys(dot, key);
             if (more) load_keys(key, s, tile + stride);
 
             u32 weight[BLOCKS_OF_16][N_TILES][2];
             softmax(weight, dot, scale, tile * TOKENS + g, first, last, window);
-
-#pragma unroll
-            for (int b = 0; b < BLOCKS_OF_16; b++) {
-                u32 even[N_TILES], odd[N_TILES];  // tokens 2j, 2j + 1 and 2j + 8, 2j + 9 of column 4n + g / 2
-#pragma unroll
-                for (int n = 0; n < N_TILES; n++) {
-                    even[n] = transposed(weight[b][n][0], g, j);
-                    odd[n] = transposed(weight[b][n][1], g, j);
-                }
-#pragma unroll
-                for (int i = 0; i < WORDS; i++)
-#pragma unroll
-                    for (int h = 0; h < UNIT / 2; h++) {
-                        const u32 a0 = centred(value[b][0][i], 2 * h), a1 = centred(value[b][0][i], 2 * h + 1);
-                        const u32 a2 = centred(value[b][1][i], 2 * h), a3 = centred(value[b][1][i], 2 * h + 1);
-#pragma unroll
-                        for (int n = 0; n < N_TILES; n++)
-                            mma(acc[n][i * (UNIT / 2) + h], a0, a1, a2, a3, even[n], odd[n]);
-                    }
-            }
+            add_values(weight, value);
             if (more) load_values(value, scale, s, tile + stride);
         }
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++)
-            for (int lanes = 4; lanes < 32; lanes *= 2) {
-                total[n] += __shfl_xor_sync(FULL_MASK, total[n], lanes);
-                mid[n] += __shfl_xor_sync(FULL_MASK, mid[n], lanes);
-            }
+        add_lanes();
     }
 
-    // Calls store(n, channel, UNIT sums) for what this lane holds of column 4n + j.
-    template <typename Store>
-    __device__ __forceinline__ void for_each_unit(Store store) const {
-        const int g = (threadIdx.x & 31) >> 2;
+    // Σ q * c' of a tile's keys.
+    __device__ __forceinline__ void multiply_keys(float (&dot)[BLOCKS_OF_16][N_TILES][4],
+                                                  const u32 (&key)[BLOCKS_OF_16][2][WORDS]) const {
+        constexpr int CHAINS = N_TILES == 1 && UNIT > 2 ? 2 : 1;  // an mma waits for the one before it in its chain
+        float part[CHAINS][BLOCKS_OF_16][N_TILES][4] = {};
 #pragma unroll
-        for (int n = 0; n < N_TILES; n++)
+        for (int i = 0; i < WORDS; i++)
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-                float x[UNIT];
+            for (int b = 0; b < BLOCKS_OF_16; b++)
 #pragma unroll
-                for (int s = 0; s < UNIT; s++) {
-                    const float* c = acc[n][i * (UNIT / 2) + s / 2] + s % 2 * 2;
-                    x[s] = fmaf(c[1], LO, c[0]) + mid[n];
+                for (int h = 0; h < UNIT / 2; h++) {
+                    const u32 a0 = centred(key[b][0][i], 2 * h), a1 = centred(key[b][1][i], 2 * h);
+                    const u32 a2 = centred(key[b][0][i], 2 * h + 1), a3 = centred(key[b][1][i], 2 * h + 1);
+                    const int step = i * (UNIT / 2) + h;
+#pragma unroll
+                    for (int n = 0; n < N_TILES; n++)
+                        mma(part[h % CHAINS][b][n], a0, a1, a2, a3, q[n][step][0], q[n][step][1]);
                 }
-                store(n, word_index(i, g, 8) * UNIT, x);
-            }
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    dot[b][n][c] = CHAINS == 1 ? part[0][b][n][c] : part[0][b][n][c] + part[CHAINS - 1][b][n][c];
     }
 
-  private:
-    __device__ __forceinline__ void load_keys(u32 (&key)[BLOCKS_OF_16][2][WORDS], const Sequence& s, int tile) {
+    // acc += weights of softmax() times the codes of a tile's values.
+    __device__ __forceinline__ void add_values(const u32 (&weight)[BLOCKS_OF_16][N_TILES][2],
+                                               const u32 (&value)[BLOCKS_OF_16][2][WORDS]) {
         const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
 #pragma unroll
-        for (int b = 0; b < BLOCKS_OF_16; b++)
+        for (int b = 0; b < BLOCKS_OF_16; b++) {
+            u32 even[N_TILES], odd[N_TILES];  // tokens 2j, 2j + 1 and 2j + 8, 2j + 9 of column 4n + g / 2
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                load_words(key[b][half], s.keys + (i64)(tile * TOKENS + b * 16 + half * 8 + g) * ROW_WORDS, j, 4);
-    }
-    __device__ __forceinline__ void load_values(
-        u32 (&value)[BLOCKS_OF_16][2][WORDS], uint2 (&scale)[BLOCKS_OF_16][2], const Sequence& s, int tile) {
-        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-#pragma unroll
-        for (int b = 0; b < BLOCKS_OF_16; b++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int token = tile * TOKENS + b * 16 + half * 8;
-                scale[b][half] = s.scales[token + g];
-                load_words(value[b][half], s.values + (i64)(token + 2 * j) * ROW_WORDS, g, 8);
+            for (int n = 0; n < N_TILES; n++) {
+                even[n] = transposed(weight[b][n][0], g, j);
+                odd[n] = transposed(weight[b][n][1], g, j);
             }
+#pragma unroll
+            for (int i = 0; i < WORDS; i++)
+#pragma unroll
+                for (int h = 0; h < UNIT / 2; h++) {
+                    const u32 a0 = centred(value[b][0][i], 2 * h), a1 = centred(value[b][0][i], 2 * h + 1);
+                    const u32 a2 = centred(value[b][1][i], 2 * h), a3 = centred(value[b][1][i], 2 * h + 1);
+#pragma unroll
+                    for (int n = 0; n < N_TILES; n++)
+                        mma(acc[n][i * (UNIT / 2) + h], a0, a1, a2, a3, even[n], odd[n]);
+                }
+        }
     }
 
     // Weights times step of tokens token + 16b + 8 * half, as split() gives them; keeps peak, total, mid and acc.
@@ -311,6 +300,56 @@ struct Columns {
                     mid[n] = fmaf(p, value[b][half].mid, mid[n]);
                     weight[b][n][half] = split(p * value[b][half].step);
                 }
+    }
+
+    // total and mid of the tokens of all lanes; once, at the end.
+    __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+            for (int lanes = 4; lanes < 32; lanes *= 2) {
+                total[n] += __shfl_xor_sync(FULL_MASK, total[n], lanes);
+                mid[n] += __shfl_xor_sync(FULL_MASK, mid[n], lanes);
+            }
+    }
+
+    // Calls store(n, channel, UNIT sums) for what this lane holds of column 4n + j.
+    template <typename Store>
+    __device__ __forceinline__ void for_each_unit(Store store) const {
+        const int g = (threadIdx.x & 31) >> 2;
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) {
+                float x[UNIT];
+#pragma unroll
+                for (int s = 0; s < UNIT; s++) {
+                    const float* c = acc[n][i * (UNIT / 2) + s / 2] + s % 2 * 2;
+                    x[s] = fmaf(c[1], LO, c[0]) + mid[n];
+                }
+                store(n, word_index(i, g, 8) * UNIT, x);
+            }
+    }
+
+  private:
+    __device__ __forceinline__ void load_keys(u32 (&key)[BLOCKS_OF_16][2][WORDS], const Sequence& s, int tile) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                load_words(key[b][half], s.keys + (i64)(tile * TOKENS + b * 16 + half * 8 + g) * ROW_WORDS, j, 4);
+    }
+    __device__ __forceinline__ void load_values(
+        u32 (&value)[BLOCKS_OF_16][2][WORDS], uint2 (&scale)[BLOCKS_OF_16][2], const Sequence& s, int tile) {
+        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
+#pragma unroll
+        for (int b = 0; b < BLOCKS_OF_16; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int token = tile * TOKENS + b * 16 + half * 8;
+                scale[b][half] = s.scales[token + g];
+                load_words(value[b][half], s.values + (i64)(token + 2 * j) * ROW_WORDS, g, 8);
+            }
     }
 
     // From weights of (token g, column j) to those of (tokens 2j and 2j + 1, column g / 2), hi or lo by the parity of g.

@@ -168,6 +168,18 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
+// Asked for where it is written; the compilers move plain loads to below branches and other loads.
+__device__ __forceinline__ float load_now(const float* address) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ i32 load_now(const i32* address) {
+    i32 v;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+
 // 16 bytes from global to shared memory, later; a thread commits what it asked for as a group, and waits until all
 // groups but the latest LEFT have come.
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {
@@ -202,15 +214,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
         "r"(parity)
         : "memory");
 }
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// bytes: a multiple of 16, as both addresses are.
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
 template <int BYTES>
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -238,5 +241,21 @@ __device__ __forceinline__ void store_to_block(u32 block, u32 to, u64 value) {
 }
 __device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// The same, and what this block wrote to or read of shared memory came before.
+__device__ __forceinline__ void cluster_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// From where `address` is in another block of the cluster.
+__device__ __forceinline__ float4 load4_of_block(u32 block, u32 address) {
+    float4 v;
+    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %4, %5;"
+                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [from]; }"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(block) : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load2_of_block(u32 block, u32 address) {
+    float2 v;
+    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %2, %3; ld.shared::cluster.v2.f32 {%0,%1}, [from]; }"
+                 : "=f"(v.x), "=f"(v.y) : "r"(address), "r"(block) : "memory");
+    return v;
+}
 #endif
