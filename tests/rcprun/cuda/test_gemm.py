@@ -34,6 +34,28 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
             assert np.array_equal(out.get(), wanted), f"m {m}: {worst(out.get(), wanted)}"
 
 
+@pytest.mark.parametrize(("rows", "interleave"), [(700, False), (300, True)])
+def test_large_sums_come_in_parts(monkeypatch: pytest.MonkeyPatch, rows: int, interleave: bool) -> None:
+    """The same bits as in one: parts of 256 rows, the last one smaller."""
+    import cupy
+
+    from rcprun.backends.cuda import gemm
+    from rcprun.backends.cuda.linear import STORE, SWIGLU
+
+    rng = np.random.default_rng(rows)
+    packed = pack(*(random_layer(rng, rows, 192, 128, bias=True) for _ in range(1 + interleave)), interleave=interleave)
+    codes, scale = rng.integers(-8, 8, (11, 192), dtype=np.int8), rng.uniform(0.01, 0.1, 11).astype(np.float32)
+    found = []
+    for limit in (1 << 20, 1):
+        monkeypatch.setattr(gemm, "_SUMS_BYTES", limit)
+        out = poisoned((11, rows))
+        product = gemm.Gemm([packed], 11)
+        product(packed, padded_codes(codes), cupy.asarray(scale), out, epilogue=SWIGLU if interleave else STORE)
+        found.append((out.get(), product.nbytes))
+    assert found[1][1] < found[0][1]
+    assert np.array_equal(found[0][0], found[1][0]), worst(found[1][0], found[0][0])
+
+
 @pytest.mark.parametrize("n", [480, 1413])
 def test_gate_and_up(n: int) -> None:
     """exp differs in its last bits."""

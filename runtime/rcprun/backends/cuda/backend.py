@@ -19,10 +19,9 @@ from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
 from rcpformat.reader import RcpFile
 from rcprun.backends import MemoryUse
-from rcprun.backends.cuda import attention, linear, norm
+from rcprun.backends.cuda import attention, gemm, linear, norm
 from rcprun.backends.cuda.bandwidth import read_bandwidth
 from rcprun.backends.cuda.embed import embed
-from rcprun.backends.cuda.gemm import Gemm
 from rcprun.backends.cuda.head import head_half, head_int8
 from rcprun.backends.cuda.kvcache import KVCache
 from rcprun.backends.cuda.kvcache import bytes_needed as cache_bytes
@@ -32,8 +31,8 @@ from rcprun.backends.cuda.weights import Layer, Weights
 from rcprun.errors import OutOfMemory
 from rcprun.sampling import SamplingOptions, not_finite
 
-PREFILL_TOKENS = 1024
-"""Tokens that go through all layers at a time."""
+PREFILL_TOKENS = 2048
+"""Tokens that go through all layers at a time, at most: each pass expands all weights."""
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
 _LOGITS, _GREEDY, _DRAWN = "logits", "greedy", "drawn"
@@ -111,7 +110,7 @@ class CudaBackend:
         self._attend_one = attention.Decode(self._cache, a.num_heads, 1)
         self._attend_few = attention.Decode(self._cache, a.num_heads, linear.MAX_TOKENS)
         self._few = Buffers(a, linear.MAX_TOKENS)
-        self._many: tuple[Buffers, Gemm] | None = None
+        self._many: tuple[Buffers, gemm.Gemm] | None = None
         self._logits_MV = cupy.empty((1, a.vocab_size), np.float32)
         self._sampler = SamplerState.create(1, a.vocab_size, ring=_RING)
 
@@ -300,19 +299,19 @@ class CudaBackend:
 
     def _layer_of_many(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, start: int) -> None:
         """A layer for many tokens at positions from start on; x_MD in place."""
-        (many, gemm), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
+        (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
         qkv, q, attended, z = (many.floats(name, count) for name in ("qkv", "q", "attended", "z"))
         clip = layer.act_clip
         hidden, heads = many.codes(x_MD.shape[1], count), many.codes(q.shape[1], count)
         norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[0], bits=bits)
-        gemm(layer.qkv, *hidden, qkv, epilogue=linear.STORE)
+        product(layer.qkv, *hidden, qkv, epilogue=linear.STORE)
         self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
         attention.prefill(q, self._cache, index, 0, start, layer.window, attended)
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
-        gemm(layer.o, *heads, x_MD, epilogue=linear.ADD)
+        product(layer.o, *heads, x_MD, epilogue=linear.ADD)
         norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[2], bits=bits)
-        gemm(layer.gate_up, *hidden, z, epilogue=linear.SWIGLU)
-        gemm(layer.down, *self._rotate_mlp(z, layer, many), x_MD, epilogue=linear.ADD)
+        product(layer.gate_up, *hidden, z, epilogue=linear.SWIGLU)
+        product(layer.down, *self._rotate_mlp(z, layer, many), x_MD, epilogue=linear.ADD)
 
     def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers) -> tuple[Any, Any]:
         """Codes and scales of down_proj's input."""
@@ -346,11 +345,12 @@ class CudaBackend:
         else:
             head_half(h, w.head_VD, logits_MV)
 
-    def _for_many(self) -> tuple[Buffers, Gemm]:
+    def _for_many(self) -> tuple[Buffers, gemm.Gemm]:
         """What passes of many tokens need; allocated by the first of them."""
         if self._many is None:
             linears = [each for layer in self._weights.layers for each in layer.linears]
-            self._many = Buffers(self._architecture, PREFILL_TOKENS), Gemm(linears, PREFILL_TOKENS)
+            tokens = min(PREFILL_TOKENS, self.context)
+            self._many = Buffers(self._architecture, tokens), gemm.Gemm(linears, tokens)
         return self._many
 
 
@@ -359,7 +359,7 @@ def _require_memory(file: RcpFile, context: int) -> None:
     a, q = file.architecture, file.quantization
     weights = sum(entry.nbytes for entry in file.header_tensors.values())
     cache = cache_bytes(a, q.kv_bits, 1, context)
-    working = _working_bytes(a, q)
+    working = _working_bytes(a, min(PREFILL_TOKENS, context))
     free = int(cupy.cuda.runtime.memGetInfo()[0])
     needed = weights + cache + working
     if needed > free:
@@ -371,9 +371,11 @@ def _require_memory(file: RcpFile, context: int) -> None:
         )
 
 
-def _working_bytes(a: Architecture, q: Quantization) -> int:
-    """Of the buffers between kernels: those of a prefill, and the largest layer as int8 with its integer sums."""
-    widest = max(math_shape[0] for math_shape in (spec.linear_shape(a, kind) for kind in spec.LINEARS))
-    largest = max(n * k for n, k in (spec.linear_shape(a, kind) for kind in spec.LINEARS))
-    per_token = 4 * (2 * a.hidden_size + 4 * a.num_heads * a.head_dim + 3 * a.intermediate_size + 2 * widest)
-    return PREFILL_TOKENS * per_token + 2 * largest + (64 << 20)
+def _working_bytes(a: Architecture, tokens: int) -> int:
+    """Of the buffers between kernels: those of a prefill of so many tokens at a time."""
+    heads, qkv = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    floats = 3 * a.hidden_size + 2 * heads + qkv + 2 * a.intermediate_size
+    codes = 2 * a.hidden_size + heads + a.intermediate_size
+    shapes = [(qkv, a.hidden_size), (a.hidden_size, heads), (2 * a.intermediate_size, a.hidden_size)]
+    products = gemm.bytes_needed([*shapes, (a.hidden_size, a.intermediate_size)], tokens)
+    return tokens * (4 * floats + codes) + products + (64 << 20)
