@@ -22,6 +22,7 @@ from tests.rcprun.cuda import (
     test_head,
     test_linear,
     test_norm,
+    test_prefill_attention,
     test_rope,
     test_sample,
 )
@@ -31,13 +32,12 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not on PATH")
 
 MODULES = (
     *(test_attention, test_backend, test_embed, test_gemm, test_hadamard),
-    *(test_head, test_linear, test_norm, test_rope, test_sample),
+    *(test_head, test_linear, test_norm, test_prefill_attention, test_rope, test_sample),
 )
 Test = Callable[..., None]
 
 FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_attention.test_decode: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
-    test_attention.test_prefill: ({"heads": 2, "kv_heads": 2, "head_dim": 32, "bits": 8},),
     test_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_backend.test_logits_are_those_of_the_numpy_backend: ({"name": "tiny"},),
     test_embed.test_rows_are_exact: (
@@ -65,6 +65,8 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_norm.test_normalized_rows: ({"channels": 480},),
     test_norm.test_codes_are_those_of_the_normalized_rows: ({"channels": 171, "bits": 8},),
     test_norm.test_what_is_not_finite_stays_visible: ({"poison": float("inf")},),
+    test_prefill_attention.test_prefill: ({"heads": 2, "kv_heads": 2, "head_dim": 32, "bits": 8},),
+    test_prefill_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_rope.test_without_reductions_everything_is_equal: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
     test_rope.test_norm_and_hadamard: ({"head_dim": 96, "norm": True, "bits": 8},),
     test_rope.test_nan_stays_nan: ({},),

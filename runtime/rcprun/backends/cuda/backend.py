@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpformat import spec
-from rcpformat.architecture import Architecture, Quantization
+from rcpformat.architecture import Architecture
 from rcpformat.reader import RcpFile
 from rcprun.backends import MemoryUse
 from rcprun.backends.cuda import attention, gemm, linear, norm
@@ -25,6 +25,7 @@ from rcprun.backends.cuda.embed import embed
 from rcprun.backends.cuda.head import head_half, head_int8
 from rcprun.backends.cuda.kvcache import KVCache
 from rcprun.backends.cuda.kvcache import bytes_needed as cache_bytes
+from rcprun.backends.cuda.prefill_attention import prefill_attention
 from rcprun.backends.cuda.rope import Rope
 from rcprun.backends.cuda.sample import FAILED, SamplerState, sample
 from rcprun.backends.cuda.weights import Layer, Weights
@@ -306,7 +307,7 @@ class CudaBackend:
         norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[0], bits=bits)
         product(layer.qkv, *hidden, qkv, epilogue=linear.STORE)
         self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
-        attention.prefill(q, self._cache, index, 0, start, layer.window, attended)
+        prefill_attention(q, self._cache, index, 0, start, layer.window, attended)
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
         product(layer.o, *heads, x_MD, epilogue=linear.ADD)
         norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[2], bits=bits)
