@@ -380,15 +380,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PADDED <= 64 ? 3 : PADDED 
     const int group = heads / kv_heads, rows = tokens * group, kv_head = blockIdx.x;
     const int block_row = (gridDim.y - 1 - blockIdx.y) * ROWS, warp_row = block_row + warp * 16;
 
-    auto place = [&](auto* array, int r) {  // of the D floats of row g + 8r, in q or out; null without such a query
-        const int row = warp_row + g + 8 * r;
-        return row < rows ? array + ((i64)(row / group) * heads + kv_head * group + row % group) * HEAD_DIM : nullptr;
+    auto row_of = [&](int r) { return warp_row + g + 8 * r; };
+    auto channels = [&](int r) {  // where the D floats of the row begin, in q and out
+        return ((i64)(row_of(r) / group) * heads + kv_head * group + row_of(r) % group) * HEAD_DIM;
     };
 
     Queries queries;
-    const float* const from[2] = {place(q, 0), place(q, 1)};
+    const float* from[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) queries.position[r] = from[r] ? start + (warp_row + g + 8 * r) / group : -1;
+    for (int r = 0; r < 2; ++r) {
+        from[r] = row_of(r) < rows ? q + channels(r) : nullptr;
+        queries.position[r] = row_of(r) < rows ? start + row_of(r) / group : -1;
+    }
     auto& shared_q = memory.q[Q_IN_REGISTERS ? 0 : warp];
     queries.start(from, scale, shared_q);
 
@@ -420,5 +423,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, PADDED <= 64 ? 3 : PADDED 
         }
         __syncthreads();
     }
-    queries.finish([&](int r) { return place(out, r); }, blockIdx.z);
+    queries.finish([&](int r) { return row_of(r) < rows ? out + channels(r) : nullptr; }, blockIdx.z);
 }
