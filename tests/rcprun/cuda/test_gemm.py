@@ -34,26 +34,25 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
             assert np.array_equal(out.get(), wanted), f"m {m}: {worst(out.get(), wanted)}"
 
 
-@pytest.mark.parametrize(("rows", "interleave"), [(700, False), (300, True)])
-def test_large_sums_come_in_parts(monkeypatch: pytest.MonkeyPatch, rows: int, interleave: bool) -> None:
-    """The same bits as in one: parts of 256 rows, the last one smaller."""
+@pytest.mark.parametrize("interleave", [False, True])
+def test_sums_are_rescaled_in_parts(interleave: bool) -> None:
+    """The same bits as at once."""
     import cupy
 
-    from rcprun.backends.cuda import gemm
+    from rcprun.backends.cuda.gemm import Gemm
     from rcprun.backends.cuda.linear import STORE, SWIGLU
 
-    rng = np.random.default_rng(rows)
-    packed = pack(*(random_layer(rng, rows, 192, 128, bias=True) for _ in range(1 + interleave)), interleave=interleave)
-    codes, scale = rng.integers(-8, 8, (11, 192), dtype=np.int8), rng.uniform(0.01, 0.1, 11).astype(np.float32)
-    found = []
-    for limit in (1 << 20, 1):
-        monkeypatch.setattr(gemm, "_SUMS_BYTES", limit)
-        out = poisoned((11, rows))
-        product = gemm.Gemm([packed], 11)
-        product(packed, padded_codes(codes), cupy.asarray(scale), out, epilogue=SWIGLU if interleave else STORE)
-        found.append((out.get(), product.nbytes))
-    assert found[1][1] < found[0][1]
-    assert np.array_equal(found[0][0], found[1][0]), worst(found[1][0], found[0][0])
+    rng, epilogue = np.random.default_rng(1), SWIGLU if interleave else STORE
+    packed = pack(*(random_layer(rng, 300, 192, 128, bias=True) for _ in range(1 + interleave)), interleave=interleave)
+    codes = padded_codes(rng.integers(-8, 8, (27, 192), dtype=np.int8))
+    scale = cupy.asarray(rng.uniform(0.01, 0.1, 27).astype(np.float32))
+    whole, parts, gemm = poisoned((27, 300)), poisoned((27, 300)), Gemm([packed], 30)
+    gemm(packed, codes, scale, whole, epilogue=epilogue)
+    gemm.multiply(packed, codes)
+    for first in range(0, 27, 10):
+        part = slice(first, min(first + 10, 27))
+        gemm.rescale(packed, first, scale[part], parts[part], epilogue=epilogue)
+    assert np.array_equal(parts.get(), whole.get()), worst(parts.get(), whole.get())
 
 
 @pytest.mark.parametrize("n", [480, 1413])

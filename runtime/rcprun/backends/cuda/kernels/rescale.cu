@@ -1,12 +1,12 @@
 // Integer sums of many tokens to floats (SPEC.md, "Linear"), as the end of linear.cu does it for few.
 //
-//   sum_MR      i32 [m][rows]      rows: of some tiles of 16, in the order of the tiles
-//   x_scale_M   f32 [m];  scale_R  f32 [rows];  bias_R  f32 [rows] or null: of the same rows
-//   out         f32 [m][columns], of which first, first + 1, ... < end are those of the rows; EPILOGUE as in linear.cu
+//   sum_MR      i32 [m][rows]      rows: tiles * 16, in the order of the tiles
+//   x_scale_M   f32 [m];  scale_R  f32 [rows];  bias_R  f32 [rows] or null
+//   out         f32 [m][columns];  EPILOGUE as in linear.cu
 //
 // A thread does four neighbouring columns of TOKENS tokens: sums, and where WHOLE says that columns are a multiple of four,
 // floats too, come in vectors, all of them before the first is used.
-// Grid: (ceil((end - first) / 4 THREADS), ceil(m / TOKENS)).
+// Grid: (ceil(columns / 4 THREADS), ceil(m / TOKENS)).
 
 #include "common.cuh"
 
@@ -46,18 +46,17 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rescale(const int* sum_MR, const float* x_scale_M, const float* scale_R, const float* bias_R, float* out, int m,
-            int rows, int first, int end, int columns) {
-    const int index = (blockIdx.x * THREADS + threadIdx.x) * 4, column = first + index;
-    const int token = blockIdx.y * TOKENS;
+            int rows, int columns) {
+    const int column = (blockIdx.x * THREADS + threadIdx.x) * 4, token = blockIdx.y * TOKENS;
     pdl_launch();
     pdl_wait();
-    if (column >= end) return;
+    if (column >= columns) return;
 #if EPILOGUE == 2
-    const int row = (index / 8) * 16 + index % 8;
+    const int row = (column / 8) * 16 + column % 8;
     const Rows up_rows(scale_R, bias_R, row + 8);
     int4 up_sum[TOKENS];
 #else
-    const int row = index;
+    const int row = column;
 #endif
     const Rows these(scale_R, bias_R, row);
     int4 sum[TOKENS];
@@ -95,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float each[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
         for (int c = 0; c < 4; ++c)
-            if (column + c < end) to[c] = EPILOGUE == 1 ? __fadd_rn(to[c], each[c]) : each[c];
+            if (column + c < columns) to[c] = EPILOGUE == 1 ? __fadd_rn(to[c], each[c]) : each[c];
 #endif
     }
 }
