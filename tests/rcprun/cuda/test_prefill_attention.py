@@ -40,10 +40,10 @@ def check_close(found: np.ndarray, q_MHD: np.ndarray, filled: Filled, start: int
 
     A vector is mid + step · c', of which each part is at most as large as the vectors are, or 2^(bits - 1) times the
     least step, 2^-14. A score is a sum of D products, and then a few roundings: |q|·|k| / sqrt(D) times (D + 16)
-    half-ulps at the most, on each side. An error of s in all scores changes weights by 2s, relatively, and the output is
-    a mean of values with these weights: 2s of the largest value, and the roundings of the sums (the GPU adds 16 tokens
-    at a time, truncating, hi and lo in turn; NumPy adds with other blocks of its own), of log2 of steps and of exp2,
-    2^-22.
+    half-ulps at the most, on each side. An error of s in all scores changes weights by 2s, relatively, and the output
+    is a mean of values with these weights: 2s of the largest value, and the roundings of the sums (the GPU adds 16
+    tokens at a time, truncating, hi and lo in turn; NumPy adds with other blocks of its own), of log2 of steps and of
+    exp2, 2^-22.
     """
     cache, head_dim = filled.numpy[SLOT], q_MHD.shape[-1]
     expected = reference.attend(cache, LAYER, q_MHD, start, window)

@@ -34,6 +34,9 @@ from rcprun.sampling import SamplingOptions, not_finite
 
 PREFILL_TOKENS = 2048
 """Tokens that go through all layers at a time, at most: each pass expands all weights."""
+STRIP_TOKENS = 512
+"""Of a pass, tokens whose wide intermediate results are made and used up at a time: so many stay in the GPU's cache."""
+_OF_A_STRIP = "qkv", "z", "z_rotated"
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
 _LOGITS, _GREEDY, _DRAWN = "logits", "greedy", "drawn"
@@ -60,7 +63,8 @@ class Buffers:
             "z": a.intermediate_size,
             "z_rotated": a.intermediate_size,
         }
-        self._floats = {name: cupy.empty((tokens, width), np.float32) for name, width in floats.items()}
+        rows = {name: min(tokens, STRIP_TOKENS) if name in _OF_A_STRIP else tokens for name in floats}
+        self._floats = {name: cupy.empty((rows[name], width), np.float32) for name, width in floats.items()}
         widths = {a.hidden_size, heads, a.intermediate_size}
         self._codes = {width: cupy.zeros((tokens, linear.padded(width)), np.int8) for width in widths}
         self.head_codes = cupy.zeros((tokens, spec.ceil_div(a.hidden_size, 128) * 128), np.int8)
@@ -301,23 +305,32 @@ class CudaBackend:
     def _layer_of_many(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, start: int) -> None:
         """A layer for many tokens at positions from start on; x_MD in place."""
         (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
-        qkv, q, attended, z = (many.floats(name, count) for name in ("qkv", "q", "attended", "z"))
+        q, attended = many.floats("q", count), many.floats("attended", count)
+        strips = [slice(first, min(first + STRIP_TOKENS, count)) for first in range(0, count, STRIP_TOKENS)]
         clip = layer.act_clip
-        hidden, heads = many.codes(x_MD.shape[1], count), many.codes(q.shape[1], count)
-        norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[0], bits=bits)
-        product(layer.qkv, *hidden, qkv, epilogue=linear.STORE)
-        self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
+        codes, scale = many.codes(x_MD.shape[1], count)
+        heads = many.codes(q.shape[1], count)
+        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
+        product.multiply(layer.qkv, codes)
+        for strip in strips:
+            qkv, place = many.floats("qkv", strip.stop - strip.start), (position_M[strip], slot_M[strip])
+            product.rescale(layer.qkv, strip.start, scale[strip], qkv, epilogue=linear.STORE)
+            self._rope(qkv, *place, self._cache, index, layer.kv_clip, q[strip], layer.qk_gain)
         prefill_attention(q, self._cache, index, 0, start, layer.window, attended)
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
         product(layer.o, *heads, x_MD, epilogue=linear.ADD)
-        norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[2], bits=bits)
-        product(layer.gate_up, *hidden, z, epilogue=linear.SWIGLU)
-        product(layer.down, *self._rotate_mlp(z, layer, many), x_MD, epilogue=linear.ADD)
+        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[2], bits=bits)
+        product.multiply(layer.gate_up, codes)
+        for strip in strips:
+            z = many.floats("z", strip.stop - strip.start)
+            product.rescale(layer.gate_up, strip.start, scale[strip], z, epilogue=linear.SWIGLU)
+            self._rotate_mlp(z, layer, many, strip.start)
+        product(layer.down, *many.codes(self._architecture.intermediate_size, count), x_MD, epilogue=linear.ADD)
 
-    def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers) -> tuple[Any, Any]:
-        """Codes and scales of down_proj's input."""
+    def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers, first: int = 0) -> tuple[Any, Any]:
+        """Codes and scales of down_proj's input, of tokens from the first on."""
         count, r4 = len(z), self._weights.r4
-        codes, scale = buffers.codes(z.shape[1], count)
+        codes, scale = (array[first:] for array in buffers.codes(z.shape[1], first + count))
         workspace = buffers.floats("z_rotated", count) if r4.needs_workspace(count) else None
         r4.quantize(z, codes, scale, clip=layer.act_clip[3], bits=self._quantization.a_bits, workspace_MN=workspace)
         return codes, scale
@@ -375,8 +388,8 @@ def _require_memory(file: RcpFile, context: int) -> None:
 def _working_bytes(a: Architecture, tokens: int) -> int:
     """Of the buffers between kernels: those of a prefill of so many tokens at a time."""
     heads, qkv = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    floats = 3 * a.hidden_size + 2 * heads + qkv + 2 * a.intermediate_size
-    codes = 2 * a.hidden_size + heads + a.intermediate_size
+    floats = tokens * (3 * a.hidden_size + 2 * heads) + min(tokens, STRIP_TOKENS) * (qkv + 2 * a.intermediate_size)
+    codes = tokens * (2 * a.hidden_size + heads + a.intermediate_size)
     shapes = [(qkv, a.hidden_size), (a.hidden_size, heads), (2 * a.intermediate_size, a.hidden_size)]
     products = gemm.bytes_needed([*shapes, (a.hidden_size, a.intermediate_size)], tokens)
-    return tokens * (4 * floats + codes) + products + (64 << 20)
+    return 4 * floats + codes + products + (64 << 20)
