@@ -88,3 +88,31 @@ def test_tiny_and_huge_vectors(scale: float) -> None:
     for length in (1e-30, 1e-3, 1.0, 100.0):
         q_MHD = queries(4, 140, 4, 64) * np.float32(length)
         check_close(attend(filled, q_MHD, 10, None), q_MHD, filled, 10, None)
+
+
+@pytest.mark.parametrize("block", [(2, 32), (1, 16)])
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 4), (160, 8)])
+def test_blocks_for_less_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, block: tuple[int, int]
+) -> None:
+    from rcprun.backends.cuda import prefill_attention as module
+
+    monkeypatch.setattr(module, "_BLOCKS", (block, block))
+    module._block.cache_clear()
+    try:
+        filled = fill(4, 2, head_dim, bits, [1, 90], seed=5, scale=1.0)
+        q_MHD = queries(6, 70, 4, head_dim)
+        check_close(attend(filled, q_MHD, 20, None), q_MHD, filled, 20, None)
+    finally:
+        module._block.cache_clear()
+
+
+def test_the_smallest_block_fits_everywhere() -> None:
+    """99 KiB is what an RTX 40 gives a block."""
+    from rcprun.backends.cuda.kvcache import vector_bytes
+    from rcprun.backends.cuda.prefill_attention import _BLOCKS, MAX_HEAD_DIM, shared_bytes
+
+    for head_dim in range(2, MAX_HEAD_DIM + 1, 2):
+        for bits in (4, 8):
+            padded = vector_bytes(head_dim, bits) * 8 // bits
+            assert shared_bytes(padded, bits, *_BLOCKS[-1], parts=-(-padded // 256)) <= 99 << 10
