@@ -69,8 +69,9 @@ def test_strips_of_a_pass_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     from rcprun.backends.cuda import backend
 
     tokens, found = list(range(60)), []
-    for strip in (512, 7):
-        monkeypatch.setattr(backend, "STRIP_TOKENS", strip)
+    for strip in (64, 25):
+        monkeypatch.setattr(backend, "_ROUND_STRIP", strip)
+        monkeypatch.setattr(backend, "_STRIP_BYTES", 1)
         folder = tmp_path / str(strip)
         folder.mkdir()
         found.append(np.concatenate(list(backends(folder, "plain")[0].forward_all(tokens))))

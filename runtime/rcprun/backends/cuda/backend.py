@@ -34,8 +34,10 @@ from rcprun.sampling import SamplingOptions, not_finite
 
 PREFILL_TOKENS = 2048
 """Tokens that go through all layers at a time, at most: each pass expands all weights."""
-STRIP_TOKENS = 512
-"""Of a pass, tokens whose wide intermediate results are made and used up at a time: so many stay in the GPU's cache."""
+_STRIP_BYTES = 24 << 20
+"""Of wide intermediate results, which are made and used up a strip of tokens at a time: so much stays in the GPU's
+cache."""
+_ROUND_STRIP = 64
 _OF_A_STRIP = "qkv", "z", "z_rotated"
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
@@ -63,7 +65,8 @@ class Buffers:
             "z": a.intermediate_size,
             "z_rotated": a.intermediate_size,
         }
-        rows = {name: min(tokens, STRIP_TOKENS) if name in _OF_A_STRIP else tokens for name in floats}
+        self.strip = min(tokens, _strip_tokens(a))
+        rows = {name: self.strip if name in _OF_A_STRIP else tokens for name in floats}
         self._floats = {name: cupy.empty((rows[name], width), np.float32) for name, width in floats.items()}
         widths = {a.hidden_size, heads, a.intermediate_size}
         self._codes = {width: cupy.zeros((tokens, linear.padded(width)), np.int8) for width in widths}
@@ -306,7 +309,7 @@ class CudaBackend:
         """A layer for many tokens at positions from start on; x_MD in place."""
         (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
         q, attended = many.floats("q", count), many.floats("attended", count)
-        strips = [slice(first, min(first + STRIP_TOKENS, count)) for first in range(0, count, STRIP_TOKENS)]
+        strips = [slice(first, min(first + many.strip, count)) for first in range(0, count, many.strip)]
         clip = layer.act_clip
         codes, scale = many.codes(x_MD.shape[1], count)
         heads = many.codes(q.shape[1], count)
@@ -388,8 +391,13 @@ def _require_memory(file: RcpFile, context: int) -> None:
 def _working_bytes(a: Architecture, tokens: int) -> int:
     """Of the buffers between kernels: those of a prefill of so many tokens at a time."""
     heads, qkv = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    floats = tokens * (3 * a.hidden_size + 2 * heads) + min(tokens, STRIP_TOKENS) * (qkv + 2 * a.intermediate_size)
+    floats = tokens * (3 * a.hidden_size + 2 * heads) + min(tokens, _strip_tokens(a)) * (qkv + 2 * a.intermediate_size)
     codes = tokens * (2 * a.hidden_size + heads + a.intermediate_size)
     shapes = [(qkv, a.hidden_size), (a.hidden_size, heads), (2 * a.intermediate_size, a.hidden_size)]
     products = gemm.bytes_needed([*shapes, (a.hidden_size, a.intermediate_size)], tokens)
     return 4 * floats + codes + products + (64 << 20)
+
+
+def _strip_tokens(a: Architecture) -> int:
+    widest = max((a.num_heads + 2 * a.num_kv_heads) * a.head_dim, a.intermediate_size)
+    return max(1, _STRIP_BYTES // (4 * widest * _ROUND_STRIP)) * _ROUND_STRIP
