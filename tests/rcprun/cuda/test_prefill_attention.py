@@ -73,10 +73,10 @@ def test_prefill(heads: int, kv_heads: int, head_dim: int, bits: int) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 128), (8, 2, 64)])
 def test_far(heads: int, kv_heads: int, head_dim: int) -> None:
     """Many tiles, and a window over several of them."""
-    filled = fill(heads, kv_heads, head_dim, 4, [1, 2500], seed=1, scale=1.0)
-    for start, count in ((0, 2500), (2300, 200)):
+    filled = fill(heads, kv_heads, head_dim, 4, [1, 1500], seed=1, scale=1.0)
+    for start, count in ((1000, 500), (1400, 100)):
         q_MHD = queries(8, count, heads, head_dim)
-        for window in (None, 1000):
+        for window in (None, 700):
             found = attend(filled, q_MHD, start, window)
             check_close(found, q_MHD, filled, start, window)
 

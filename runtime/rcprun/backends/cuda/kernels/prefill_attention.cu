@@ -1,10 +1,11 @@
 // M tokens of one sequence at positions start, start + 1, ..., causal. q, keys, values, scales and out: attention.cuh.
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
-// Grid (G, ceil(M * R / ROWS), PARTS), 32 * BLOCK_WARPS threads. A block takes ROWS = 16 * BLOCK_WARPS of the M * R (token, head of the
-// KV head) in that order, the last ones first, a warp 16 of them; of the output's channels it computes one of PARTS ranges.
-// It walks over the visible tokens, TILE_TOKENS at a time: while tensor cores work on a tile, the codes of the tile after the
-// next come from memory, and those of the next go to shared memory as centred f16 integers, in the order of mma's operands.
+// Grid (G, ceil(M * R / ROWS), PARTS), 32 * BLOCK_WARPS threads. A block takes ROWS = 16 * BLOCK_WARPS of the M * R (token,
+// head of the KV head) in that order, the last ones first, a warp 16 of them; of the output's channels it computes one of
+// PARTS ranges. It walks over the visible tokens, TILE_TOKENS at a time: while tensor cores work on a tile, the codes of
+// the tile after the next come from memory, and those of the next go to shared memory as centred f16 integers, in the
+// order of mma's operands.
 //
 // Scores are products of q, as the sum of two f16 of a common scale, with c'; a token's score gets log2 of its value's step
 // added, so that 2^(score - peak) is what c' of the value is multiplied with. It is the sum of two f16 too, hi and lo, which
@@ -36,7 +37,6 @@ constexpr bool Q_IN_REGISTERS = PADDED <= 128;
 constexpr float LARGEST = 15.0f, RESET = 8.0f;  // log2 of the largest weight: allowed, and after peak has moved
 constexpr float LOWEST = -1.0e30f;              // of peak: NEVER is far below it
 static_assert(TILE_TOKENS % 16 == 0 && TILE_TOKENS <= THREADS);
-
 
 // N registers of each of 32 lanes (g, j) of a warp. Their order keeps lanes that load or store together in different banks.
 template <int N>
