@@ -1,4 +1,4 @@
-"""Attention over the packed KV cache on the GPU, decoding and prefill, against the NumPy backend's.
+"""Attention over the packed KV cache on the GPU while decoding, against the NumPy backend's.
 
 Shape suffixes: M query tokens, H query heads, G KV heads, T tokens in the cache, D head_dim.
 """
@@ -191,27 +191,6 @@ def test_fused(heads: int, kv_heads: int, head_dim: int, bits: int, norm: bool, 
             np.testing.assert_array_equal(cupy.asnumpy(found), cupy.asnumpy(expected))
             for array, e in zip(caches, expected_caches, strict=True):
                 np.testing.assert_array_equal(cupy.asnumpy(array), e)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_prefill(heads: int, kv_heads: int, head_dim: int, bits: int) -> None:
-    import cupy
-
-    from rcprun.backends.cuda.attention import prefill
-
-    filled = fill(heads, kv_heads, head_dim, bits, [7, 333], seed=head_dim, scale=1.0)
-    for start, count in ((0, 1), (0, 333), (65, 100), (300, 33)):
-        q_MHD = queries(9, count, heads, head_dim)
-        q = cupy.asarray(q_MHD.reshape(count, -1))
-        for window in (None, 1, 50):
-            results = []
-            for _ in range(2):
-                out = cupy.full(q.shape, np.nan, dtype=np.float32)
-                prefill(q, filled.gpu, LAYER, 1, start, window, out)
-                results.append(cupy.asnumpy(out).reshape(q_MHD.shape))
-            np.testing.assert_array_equal(results[0], results[1])
-            check_close(results[0], q_MHD, filled.numpy[1], start, window)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0, 2e4])

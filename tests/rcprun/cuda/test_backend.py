@@ -64,6 +64,21 @@ def test_logits_are_those_of_the_numpy_backend(tmp_path: Path, name: str) -> Non
     assert ours.length == truth.length == 60
 
 
+def test_strips_of_a_pass_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the bit: the transform of few tokens is computed in another order."""
+    from rcprun.backends.cuda import backend
+
+    tokens, found = list(range(60)), []
+    for strip in (64, 25):
+        monkeypatch.setattr(backend, "_ROUND_STRIP", strip)
+        monkeypatch.setattr(backend, "_STRIP_BYTES", 1)
+        folder = tmp_path / str(strip)
+        folder.mkdir()
+        found.append(np.concatenate(list(backends(folder, "plain")[0].forward_all(tokens))))
+    same = close(found[1], found[0])
+    assert same.mean() > 0.7, same.astype(int)
+
+
 def test_the_same_bits_each_time(tmp_path: Path) -> None:
     ours, _ = backends(tmp_path, "one table")
     tokens = list(range(40))

@@ -34,6 +34,27 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
             assert np.array_equal(out.get(), wanted), f"m {m}: {worst(out.get(), wanted)}"
 
 
+@pytest.mark.parametrize("interleave", [False, True])
+def test_sums_are_rescaled_in_parts(interleave: bool) -> None:
+    """The same bits as at once."""
+    import cupy
+
+    from rcprun.backends.cuda.gemm import Gemm
+    from rcprun.backends.cuda.linear import STORE, SWIGLU
+
+    rng, epilogue = np.random.default_rng(1), SWIGLU if interleave else STORE
+    packed = pack(*(random_layer(rng, 300, 192, 128, bias=True) for _ in range(1 + interleave)), interleave=interleave)
+    codes = padded_codes(rng.integers(-8, 8, (27, 192), dtype=np.int8))
+    scale = cupy.asarray(rng.uniform(0.01, 0.1, 27).astype(np.float32))
+    whole, parts, gemm = poisoned((27, 300)), poisoned((27, 300)), Gemm([packed], 30)
+    gemm(packed, codes, scale, whole, epilogue=epilogue)
+    gemm.multiply(packed, codes)
+    for first in range(0, 27, 10):
+        part = slice(first, min(first + 10, 27))
+        gemm.rescale(packed, first, scale[part], parts[part], epilogue=epilogue)
+    assert np.array_equal(parts.get(), whole.get()), worst(parts.get(), whole.get())
+
+
 @pytest.mark.parametrize("n", [480, 1413])
 def test_gate_and_up(n: int) -> None:
     """exp differs in its last bits."""

@@ -19,6 +19,7 @@ static float float_from_half(u16 h) {
     if (rest >= 0x0f800000) return __uint_as_float(sign | 0x7f800000 | rest);
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest) * 0x1p112f));
 }
+static u32 half_pair(float low, float high) { return half_from_float(low) | (u32)half_from_float(high) << 16; }
 static float float_from_bf16(u16 h) { return __uint_as_float((u32)h << 16); }
 
 // Rounded twice, to float and to half; the kernels' sums are exact in both.

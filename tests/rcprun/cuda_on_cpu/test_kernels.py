@@ -22,6 +22,7 @@ from tests.rcprun.cuda import (
     test_head,
     test_linear,
     test_norm,
+    test_prefill_attention,
     test_rope,
     test_sample,
 )
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not on PATH")
 
 MODULES = (
     *(test_attention, test_backend, test_embed, test_gemm, test_hadamard),
-    *(test_head, test_linear, test_norm, test_rope, test_sample),
+    *(test_head, test_linear, test_norm, test_prefill_attention, test_rope, test_sample),
 )
 Test = Callable[..., None]
 
@@ -40,7 +41,6 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_attention.test_fused: (
         {"heads": 5, "kv_heads": 1, "head_dim": 32, "bits": 4, "norm": False, "r3": True, "hopper": False},
     ),
-    test_attention.test_prefill: ({"heads": 2, "kv_heads": 2, "head_dim": 32, "bits": 8},),
     test_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_backend.test_logits_are_those_of_the_numpy_backend: ({"name": "tiny"},),
     test_embed.test_rows_are_exact: (
@@ -49,6 +49,7 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     ),
     test_gemm.test_many_tokens_are_exact: ({"n": 333, "k": 173, "group": 64}, {"n": 40, "k": 300, "group": 128}),
     test_gemm.test_gate_and_up: ({"n": 480},),
+    test_gemm.test_sums_are_rescaled_in_parts: ({"interleave": True},),
     test_hadamard.test_integers_are_exact: (
         {"n": 480, "tokens": 6, "transpose": True},
         {"n": 36, "tokens": 6, "transpose": False},
@@ -67,6 +68,8 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_norm.test_normalized_rows: ({"channels": 480},),
     test_norm.test_codes_are_those_of_the_normalized_rows: ({"channels": 171, "bits": 8},),
     test_norm.test_what_is_not_finite_stays_visible: ({"poison": float("inf")},),
+    test_prefill_attention.test_prefill: ({"heads": 2, "kv_heads": 2, "head_dim": 32, "bits": 8},),
+    test_prefill_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_rope.test_without_reductions_everything_is_equal: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
     test_rope.test_norm_and_hadamard: ({"head_dim": 96, "norm": True, "bits": 8},),
     test_rope.test_nan_stays_nan: ({},),

@@ -1,5 +1,4 @@
-"""Attention over the quantized KV cache on the GPU: of one token of each of a few sequences while decoding, and of many
-tokens of one sequence. Launches attention.cu and prefill_attention.cu.
+"""Attention over the quantized KV cache on the GPU, of one token of each of a few sequences. Launches attention.cu.
 
 Shape suffixes: M query tokens, H query heads, C channels (H heads of D), D head_dim.
 """
@@ -20,16 +19,15 @@ from rcprun.backends.cuda.rope import Rope
 MAX_HEAD_DIM = 512
 _NO_WINDOW = 2**31 - 1
 _COLUMNS = 4
-"""Query heads of one block while decoding; of each of a warp's tiles in prefill."""
+"""Query heads of one block."""
 _MAX_TEAMS = 128
 _BLOCKS_PER_MULTIPROCESSOR = 2
-_MAX_CLUSTER = 8
+_MAX_CLUSTER = 4
 _FEWEST_BLOCKS = 4, 2
 """Of a row and group of heads, also where there are blocks enough: sequences differ in length. Without and with
 clusters."""
 _OTHER_SHARED = 32 * 1024
 """Bytes of shared memory that decoding needs at most besides the ring of tiles."""
-_PREFILL_WARPS = 4
 
 
 class Decode:
@@ -138,34 +136,6 @@ class Decode:
             cluster=cluster,
             overlap=True,
         )
-
-
-def prefill(
-    q_MC: cupy.ndarray, cache: KVCache, layer: int, slot: int, start: int, window: int | None, out_MC: cupy.ndarray
-) -> None:
-    """The same of M tokens of one slot at positions start, start + 1, …, all in the cache already; causal."""
-    count, channels = q_MC.shape
-    heads = channels // cache.head_dim
-    for name, array in (("q", q_MC), ("out", out_MC)):
-        check(array, name, np.float32, (count, heads * cache.head_dim))
-    tiles = max(1, min(4, 256 // _padded(cache)))
-    defines = (("HEAD_DIM", cache.head_dim), ("BITS", cache.bits), ("TILES", tiles))
-    columns = count * (heads // cache.kv_heads)
-    kernel("prefill_attention", "prefill_attention", defines).launch(
-        (cache.kv_heads, ceil_div(columns, _PREFILL_WARPS * _COLUMNS * tiles), 1),
-        32 * _PREFILL_WARPS,
-        (
-            q_MC,
-            cache.key_NGTB[layer],
-            cache.value_NGTB[layer],
-            cache.scale_NGT2[layer],
-            out_MC,
-            *map(np.int32, (count, start, slot)),
-            *_sizes(cache, heads, window),
-            _score_scale(cache),
-        ),
-        overlap=True,
-    )
 
 
 def decode_workspace_bytes(cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> int:

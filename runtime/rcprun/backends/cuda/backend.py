@@ -16,24 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpformat import spec
-from rcpformat.architecture import Architecture, Quantization
+from rcpformat.architecture import Architecture
 from rcpformat.reader import RcpFile
 from rcprun.backends import MemoryUse
-from rcprun.backends.cuda import attention, linear, norm
+from rcprun.backends.cuda import attention, gemm, linear, norm
 from rcprun.backends.cuda.bandwidth import read_bandwidth
 from rcprun.backends.cuda.embed import embed
-from rcprun.backends.cuda.gemm import Gemm
 from rcprun.backends.cuda.head import head_half, head_int8
 from rcprun.backends.cuda.kvcache import KVCache
 from rcprun.backends.cuda.kvcache import bytes_needed as cache_bytes
+from rcprun.backends.cuda.prefill_attention import prefill_attention
 from rcprun.backends.cuda.rope import Rope
 from rcprun.backends.cuda.sample import FAILED, SamplerState, sample
 from rcprun.backends.cuda.weights import Layer, Weights
 from rcprun.errors import OutOfMemory
 from rcprun.sampling import SamplingOptions, not_finite
 
-PREFILL_TOKENS = 1024
-"""Tokens that go through all layers at a time."""
+PREFILL_TOKENS = 2048
+"""Tokens that go through all layers at a time, at most: each pass expands all weights."""
+_STRIP_BYTES = 24 << 20
+"""Of wide intermediate results, which are made and used up a strip of tokens at a time: so much stays in the GPU's
+cache."""
+_ROUND_STRIP = 64
+_OF_A_STRIP = "qkv", "z", "z_rotated"
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
 _LOGITS, _GREEDY, _DRAWN = "logits", "greedy", "drawn"
@@ -60,7 +65,9 @@ class Buffers:
             "z": a.intermediate_size,
             "z_rotated": a.intermediate_size,
         }
-        self._floats = {name: cupy.empty((tokens, width), np.float32) for name, width in floats.items()}
+        self.strip = min(tokens, _strip_tokens(a))
+        rows = {name: self.strip if name in _OF_A_STRIP else tokens for name in floats}
+        self._floats = {name: cupy.empty((rows[name], width), np.float32) for name, width in floats.items()}
         widths = {a.hidden_size, heads, a.intermediate_size}
         self._codes = {width: cupy.zeros((tokens, linear.padded(width)), np.int8) for width in widths}
         self.head_codes = cupy.zeros((tokens, spec.ceil_div(a.hidden_size, 128) * 128), np.int8)
@@ -111,7 +118,7 @@ class CudaBackend:
         self._attend_one = attention.Decode(self._cache, a.num_heads, 1)
         self._attend_few = attention.Decode(self._cache, a.num_heads, linear.MAX_TOKENS)
         self._few = Buffers(a, linear.MAX_TOKENS)
-        self._many: tuple[Buffers, Gemm] | None = None
+        self._many: tuple[Buffers, gemm.Gemm] | None = None
         self._logits_MV = cupy.empty((1, a.vocab_size), np.float32)
         self._sampler = SamplerState.create(1, a.vocab_size, ring=_RING)
 
@@ -300,24 +307,33 @@ class CudaBackend:
 
     def _layer_of_many(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, start: int) -> None:
         """A layer for many tokens at positions from start on; x_MD in place."""
-        (many, gemm), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
-        qkv, q, attended, z = (many.floats(name, count) for name in ("qkv", "q", "attended", "z"))
+        (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
+        q, attended = many.floats("q", count), many.floats("attended", count)
+        strips = [slice(first, min(first + many.strip, count)) for first in range(0, count, many.strip)]
         clip = layer.act_clip
-        hidden, heads = many.codes(x_MD.shape[1], count), many.codes(q.shape[1], count)
-        norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[0], bits=bits)
-        gemm(layer.qkv, *hidden, qkv, epilogue=linear.STORE)
-        self._rope(qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, layer.qk_gain)
-        attention.prefill(q, self._cache, index, 0, start, layer.window, attended)
+        codes, scale = many.codes(x_MD.shape[1], count)
+        heads = many.codes(q.shape[1], count)
+        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
+        product.multiply(layer.qkv, codes)
+        for strip in strips:
+            qkv, place = many.floats("qkv", strip.stop - strip.start), (position_M[strip], slot_M[strip])
+            product.rescale(layer.qkv, strip.start, scale[strip], qkv, epilogue=linear.STORE)
+            self._rope(qkv, *place, self._cache, index, layer.kv_clip, q[strip], layer.qk_gain)
+        prefill_attention(q, self._cache, index, 0, start, layer.window, attended)
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
-        gemm(layer.o, *heads, x_MD, epilogue=linear.ADD)
-        norm.norm_quantize(x_MD, *hidden, eps=self._eps, clip=clip[2], bits=bits)
-        gemm(layer.gate_up, *hidden, z, epilogue=linear.SWIGLU)
-        gemm(layer.down, *self._rotate_mlp(z, layer, many), x_MD, epilogue=linear.ADD)
+        product(layer.o, *heads, x_MD, epilogue=linear.ADD)
+        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[2], bits=bits)
+        product.multiply(layer.gate_up, codes)
+        for strip in strips:
+            z = many.floats("z", strip.stop - strip.start)
+            product.rescale(layer.gate_up, strip.start, scale[strip], z, epilogue=linear.SWIGLU)
+            self._rotate_mlp(z, layer, many, strip.start)
+        product(layer.down, *many.codes(self._architecture.intermediate_size, count), x_MD, epilogue=linear.ADD)
 
-    def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers) -> tuple[Any, Any]:
-        """Codes and scales of down_proj's input."""
+    def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers, first: int = 0) -> tuple[Any, Any]:
+        """Codes and scales of down_proj's input, of tokens from the first on."""
         count, r4 = len(z), self._weights.r4
-        codes, scale = buffers.codes(z.shape[1], count)
+        codes, scale = (array[first:] for array in buffers.codes(z.shape[1], first + count))
         workspace = buffers.floats("z_rotated", count) if r4.needs_workspace(count) else None
         r4.quantize(z, codes, scale, clip=layer.act_clip[3], bits=self._quantization.a_bits, workspace_MN=workspace)
         return codes, scale
@@ -346,11 +362,12 @@ class CudaBackend:
         else:
             head_half(h, w.head_VD, logits_MV)
 
-    def _for_many(self) -> tuple[Buffers, Gemm]:
+    def _for_many(self) -> tuple[Buffers, gemm.Gemm]:
         """What passes of many tokens need; allocated by the first of them."""
         if self._many is None:
             linears = [each for layer in self._weights.layers for each in layer.linears]
-            self._many = Buffers(self._architecture, PREFILL_TOKENS), Gemm(linears, PREFILL_TOKENS)
+            tokens = min(PREFILL_TOKENS, self.context)
+            self._many = Buffers(self._architecture, tokens), gemm.Gemm(linears, tokens)
         return self._many
 
 
@@ -359,7 +376,7 @@ def _require_memory(file: RcpFile, context: int) -> None:
     a, q = file.architecture, file.quantization
     weights = sum(entry.nbytes for entry in file.header_tensors.values())
     cache = cache_bytes(a, q.kv_bits, 1, context)
-    working = _working_bytes(a, q)
+    working = _working_bytes(a, min(PREFILL_TOKENS, context))
     free = int(cupy.cuda.runtime.memGetInfo()[0])
     needed = weights + cache + working
     if needed > free:
@@ -371,9 +388,16 @@ def _require_memory(file: RcpFile, context: int) -> None:
         )
 
 
-def _working_bytes(a: Architecture, q: Quantization) -> int:
-    """Of the buffers between kernels: those of a prefill, and the largest layer as int8 with its integer sums."""
-    widest = max(math_shape[0] for math_shape in (spec.linear_shape(a, kind) for kind in spec.LINEARS))
-    largest = max(n * k for n, k in (spec.linear_shape(a, kind) for kind in spec.LINEARS))
-    per_token = 4 * (2 * a.hidden_size + 4 * a.num_heads * a.head_dim + 3 * a.intermediate_size + 2 * widest)
-    return PREFILL_TOKENS * per_token + 2 * largest + (64 << 20)
+def _working_bytes(a: Architecture, tokens: int) -> int:
+    """Of the buffers between kernels: those of a prefill of so many tokens at a time."""
+    heads, qkv = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    floats = tokens * (3 * a.hidden_size + 2 * heads) + min(tokens, _strip_tokens(a)) * (qkv + 2 * a.intermediate_size)
+    codes = tokens * (2 * a.hidden_size + heads + a.intermediate_size)
+    shapes = [(qkv, a.hidden_size), (a.hidden_size, heads), (2 * a.intermediate_size, a.hidden_size)]
+    products = gemm.bytes_needed([*shapes, (a.hidden_size, a.intermediate_size)], tokens)
+    return 4 * floats + codes + products + (64 << 20)
+
+
+def _strip_tokens(a: Architecture) -> int:
+    widest = max((a.num_heads + 2 * a.num_kv_heads) * a.head_dim, a.intermediate_size)
+    return max(1, _STRIP_BYTES // (4 * widest * _ROUND_STRIP)) * _ROUND_STRIP

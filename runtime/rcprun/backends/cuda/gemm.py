@@ -11,11 +11,12 @@ from cupy_backends.cuda.libs import cublas
 
 from rcpformat import spec
 from rcprun.backends.cuda.launch import check, kernel
-from rcprun.backends.cuda.linear import SWIGLU, TILE_ROWS, UNIT_COLUMNS, UnitLinear
+from rcprun.backends.cuda.linear import STORE, SWIGLU, TILE_ROWS, UNIT_COLUMNS, UnitLinear
 
 _CUDA_R_8I, _CUDA_R_32I, _CUBLAS_COMPUTE_32I = 3, 10, 72
 _CUBLAS_GEMM_DEFAULT = -1
-_THREADS = 256
+_EXPAND_WARPS, _EXPAND_TURNS = 8, 2
+_RESCALE_THREADS = 256
 
 
 class Gemm:
@@ -24,10 +25,8 @@ class Gemm:
     def __init__(self, layers: Sequence[UnitLinear], tokens: int) -> None:
         """tokens: of one product, at most."""
         self.tokens = tokens
-        self._integers = cupy.empty(
-            max(layer.tiles * TILE_ROWS * layer.units * UNIT_COLUMNS for layer in layers), np.int8
-        )
-        self._sums = cupy.empty(tokens * max(layer.tiles * TILE_ROWS for layer in layers), np.int32)
+        integers, sums = _sizes([(layer.tiles * TILE_ROWS, layer.units * UNIT_COLUMNS) for layer in layers], tokens)
+        self._integers, self._sums = cupy.empty(integers, np.int8), cupy.empty(sums, np.int32)
         self._one, self._zero = np.array(1, np.int32), np.array(0, np.int32)
 
     @property
@@ -37,15 +36,20 @@ class Gemm:
 
     def __call__(self, weights: UnitLinear, codes_MK: Any, scale_M: Any, out: Any, *, epilogue: int) -> None:
         """out (m, n) float32 of codes int8 (m, padded(k)) and their scales (m,); epilogues as in linear."""
+        check(out, "out", np.float32, (len(codes_MK), weights.n))
+        self.multiply(weights, codes_MK)
+        self.rescale(weights, 0, scale_M, out, epilogue=epilogue)
+
+    def multiply(self, weights: UnitLinear, codes_MK: Any) -> None:
+        """Keeps the integer sums of codes (m, padded(k)) for rescale."""
         m, rows, columns = len(codes_MK), weights.tiles * TILE_ROWS, weights.units * UNIT_COLUMNS
-        assert m <= self.tokens and (epilogue == SWIGLU) == weights.interleaved
+        assert m <= self.tokens
         check(codes_MK, "codes", np.int8, (m, columns))
-        check(scale_M, "scale", np.float32, (m,))
-        check(out, "out", np.float32, (m, weights.n))
         kernel("expand", "expand", (("GROUP", weights.group),)).launch(
-            spec.ceil_div(weights.tiles * weights.units * 32, _THREADS),
-            _THREADS,
-            (weights.unit_TU, self._integers, np.int32(weights.tiles), np.int32(weights.units)),
+            weights.tiles * spec.ceil_div(weights.units, _EXPAND_WARPS * _EXPAND_TURNS),
+            32 * _EXPAND_WARPS,
+            (weights.unit_TU, self._integers, np.int32(weights.units)),
+            overlap=True,
         )
         # Row-major (m, rows) = codes · integersᵀ is, in cuBLAS's column-major terms, integersᵀ · codes.
         handle = cupy.cuda.device.get_cublas_handle()
@@ -71,16 +75,35 @@ class Gemm:
             _CUBLAS_COMPUTE_32I,
             _CUBLAS_GEMM_DEFAULT,
         )
-        kernel("rescale", "rescale", (("EPILOGUE", epilogue),)).launch(
-            (spec.ceil_div(weights.n, 4 * _THREADS), m, 1),
-            _THREADS,
+
+    def rescale(self, weights: UnitLinear, first: int, scale_M: Any, out: Any, *, epilogue: int) -> None:
+        """out (m, n) float32 of the sums of m tokens from the first on, whose scales are scale_M (m,)."""
+        m, rows = len(out), weights.tiles * TILE_ROWS
+        assert first + m <= self.tokens and (epilogue == SWIGLU) == weights.interleaved
+        check(scale_M, "scale", np.float32, (m,))
+        check(out, "out", np.float32, (m, weights.n))
+        tokens = 8 if epilogue == STORE else 4
+        kernel("rescale", "rescale", (("EPILOGUE", epilogue), ("WHOLE", int(weights.n % 4 == 0)))).launch(
+            (spec.ceil_div(weights.n, 4 * _RESCALE_THREADS), spec.ceil_div(m, tokens), 1),
+            _RESCALE_THREADS,
             (
-                self._sums,
+                self._sums[first * rows : (first + m) * rows],
                 scale_M,
                 weights.scale_R,
                 weights.bias_R,
                 out,
-                np.int32(rows),
-                np.int32(weights.n),
+                *map(np.int32, (m, rows, weights.n)),
             ),
+            overlap=True,
         )
+
+
+def bytes_needed(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
+    """What a Gemm for layers of these (rows, columns) would hold, but for their padding, without allocating it."""
+    integers, sums = _sizes(shapes, tokens)
+    return integers + 4 * sums
+
+
+def _sizes(shapes: Sequence[tuple[int, int]], tokens: int) -> tuple[int, int]:
+    """Numbers of integers and of sums that the largest product needs."""
+    return max(rows * columns for rows, columns in shapes), tokens * max(rows for rows, _ in shapes)

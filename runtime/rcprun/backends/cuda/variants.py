@@ -71,13 +71,13 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"RCP_K": 1001, "RCP_THREADS": 512},
     ),
     "prefill_attention": (
-        {"HEAD_DIM": 128, "BITS": 4, "TILES": 2},
-        {"HEAD_DIM": 64, "BITS": 8, "TILES": 4},
-        {"HEAD_DIM": 20, "BITS": 4, "TILES": 4},
-        {"HEAD_DIM": 512, "BITS": 4, "TILES": 1},
+        {"HEAD_DIM": 128, "BITS": 4, "BLOCK_WARPS": 4, "TILE_TOKENS": 64, "PARTS": 1},
+        {"HEAD_DIM": 64, "BITS": 8, "BLOCK_WARPS": 4, "TILE_TOKENS": 64, "PARTS": 1},
+        {"HEAD_DIM": 20, "BITS": 4, "BLOCK_WARPS": 4, "TILE_TOKENS": 64, "PARTS": 1},
+        {"HEAD_DIM": 512, "BITS": 4, "BLOCK_WARPS": 1, "TILE_TOKENS": 16, "PARTS": 2},
     ),
     "repack": ({"GROUP": 128}, {"GROUP": 64}),
-    "rescale": ({"EPILOGUE": 0}, {"EPILOGUE": 1}, {"EPILOGUE": 2}),
+    "rescale": ({"EPILOGUE": 0, "WHOLE": 1}, {"EPILOGUE": 1, "WHOLE": 0}, {"EPILOGUE": 2, "WHOLE": 1}),
     "rope": (
         {"HEAD_DIM": 128, "BITS": 4, "PALEY": 1, "HADAMARD": 128},
         {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},

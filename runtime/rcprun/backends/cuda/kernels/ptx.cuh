@@ -30,6 +30,11 @@ __device__ __forceinline__ float float_from_half(u16 h) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
     return x;
 }
+__device__ __forceinline__ u32 half_pair(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
 __device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
     u32 d;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

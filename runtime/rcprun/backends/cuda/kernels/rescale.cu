@@ -3,59 +3,98 @@
 //   sum_MR      i32 [m][rows]      rows: tiles * 16, in the order of the tiles
 //   x_scale_M   f32 [m];  scale_R  f32 [rows];  bias_R  f32 [rows] or null
 //   out         f32 [m][columns];  EPILOGUE as in linear.cu
-//   A thread does four neighbouring columns of a token: rows, and where they are the layer's columns too, come in
-//   vectors. Grid: (blocks over columns / 4, m).
+//
+// A thread does four neighbouring columns of TOKENS tokens: sums, and where WHOLE says that columns are a multiple of four,
+// floats too, come in vectors, all of them before the first is used.
+// Grid: (ceil(columns / 4 THREADS), ceil(m / TOKENS)).
 
 #include "common.cuh"
 
 #ifndef EPILOGUE
 #error "EPILOGUE: 0, 1 or 2"
 #endif
+#ifndef WHOLE
+#error "WHOLE: 1 where columns are a multiple of 4, else 0"
+#endif
 
-__device__ __forceinline__ float4 scaled(const int* sum_R, float x_scale, const float* scale_R, const float* bias_R, int row) {
-    const int4 sum = *(const int4*)(sum_R + row);
-    const float4 scale = *(const float4*)(scale_R + row);
-    float4 y = {__fmul_rn(__fmul_rn((float)sum.x, x_scale), scale.x), __fmul_rn(__fmul_rn((float)sum.y, x_scale), scale.y),
-                __fmul_rn(__fmul_rn((float)sum.z, x_scale), scale.z), __fmul_rn(__fmul_rn((float)sum.w, x_scale), scale.w)};
-    if (bias_R) {
-        const float4 bias = *(const float4*)(bias_R + row);
-        y.x = __fadd_rn(y.x, bias.x), y.y = __fadd_rn(y.y, bias.y), y.z = __fadd_rn(y.z, bias.z), y.w = __fadd_rn(y.w, bias.w);
+constexpr int THREADS = 256;
+constexpr int TOKENS = EPILOGUE == 0 ? 8 : 4;  // of a thread: of 8 loads, where gate and up or the residual come too
+
+// Of four rows: sum times x_scale times scale, plus bias, each rounded.
+struct Rows {
+    float4 scale, bias;
+    bool biased;
+
+    __device__ __forceinline__ Rows(const float* scale_R, const float* bias_R, int row)
+        : scale(*(const float4*)(scale_R + row)), bias(), biased(bias_R) {
+        if (biased) bias = *(const float4*)(bias_R + row);
     }
-    return y;
-}
+    __device__ __forceinline__ float4 operator()(const int4& sum, float x_scale) const {
+        float4 y = {__fmul_rn(__fmul_rn((float)sum.x, x_scale), scale.x), __fmul_rn(__fmul_rn((float)sum.y, x_scale), scale.y),
+                    __fmul_rn(__fmul_rn((float)sum.z, x_scale), scale.z), __fmul_rn(__fmul_rn((float)sum.w, x_scale), scale.w)};
+        if (biased) y = plus(y, bias);
+        return y;
+    }
+    static __device__ __forceinline__ float4 plus(const float4& a, const float4& b) {
+        return {__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w)};
+    }
+};
 
 __device__ __forceinline__ float silu_times(float gate, float up) {
     return __fmul_rn(__fdiv_rn(gate, 1.0f + expf(-gate)), up);
 }
 
-extern "C" __global__ void rescale(const int* sum_MR, const float* x_scale_M, const float* scale_R, const float* bias_R,
-                                   float* out, int rows, int columns) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rescale(const int* sum_MR, const float* x_scale_M, const float* scale_R, const float* bias_R, float* out, int m,
+            int rows, int columns) {
+    const int column = (blockIdx.x * THREADS + threadIdx.x) * 4, token = blockIdx.y * TOKENS;
     pdl_launch();
     pdl_wait();
-    const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    const i64 token = blockIdx.y;
     if (column >= columns) return;
-    const int* const sum_R = sum_MR + token * rows;
-    const float x_scale = x_scale_M[token];
 #if EPILOGUE == 2
     const int row = (column / 8) * 16 + column % 8;
-    const float4 gate = scaled(sum_R, x_scale, scale_R, bias_R, row);
-    const float4 up = scaled(sum_R, x_scale, scale_R, bias_R, row + 8);
-    float4 y = {silu_times(gate.x, up.x), silu_times(gate.y, up.y), silu_times(gate.z, up.z), silu_times(gate.w, up.w)};
+    const Rows up_rows(scale_R, bias_R, row + 8);
+    int4 up_sum[TOKENS];
 #else
-    float4 y = scaled(sum_R, x_scale, scale_R, bias_R, column);
+    const int row = column;
 #endif
-    float* const to = out + token * columns + column;
-    if ((columns & 3) == 0) {
+    const Rows these(scale_R, bias_R, row);
+    int4 sum[TOKENS];
+    float x_scale[TOKENS];
+#if EPILOGUE == 1 && WHOLE
+    float4 before[TOKENS];
+#endif
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) {
+        const i64 from = min(token + i, m - 1);
+        sum[i] = __ldcs((const int4*)(sum_MR + from * rows + row));
+        x_scale[i] = x_scale_M[from];
+#if EPILOGUE == 2
+        up_sum[i] = __ldcs((const int4*)(sum_MR + from * rows + row + 8));
+#endif
+#if EPILOGUE == 1 && WHOLE
+        before[i] = *(const float4*)(out + from * columns + column);
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) {
+        if (token + i >= m) return;
+        float* const to = out + (i64)(token + i) * columns + column;
+        float4 y = these(sum[i], x_scale[i]);
+#if EPILOGUE == 2
+        const float4 up = up_rows(up_sum[i], x_scale[i]);
+        y = {silu_times(y.x, up.x), silu_times(y.y, up.y), silu_times(y.z, up.z), silu_times(y.w, up.w)};
+#endif
+#if WHOLE
 #if EPILOGUE == 1
-        const float4 x = *(const float4*)to;
-        y.x = __fadd_rn(x.x, y.x), y.y = __fadd_rn(x.y, y.y), y.z = __fadd_rn(x.z, y.z), y.w = __fadd_rn(x.w, y.w);
+        y = Rows::plus(before[i], y);
 #endif
         *(float4*)to = y;
-        return;
-    }
-    const float each[4] = {y.x, y.y, y.z, y.w};
+#else
+        const float each[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (column + i < columns) to[i] = EPILOGUE == 1 ? __fadd_rn(to[i], each[i]) : each[i];
+        for (int c = 0; c < 4; ++c)
+            if (column + c < columns) to[c] = EPILOGUE == 1 ? __fadd_rn(to[c], each[c]) : each[c];
+#endif
+    }
 }
