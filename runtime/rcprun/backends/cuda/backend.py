@@ -340,6 +340,12 @@ class CudaBackend:
             self._sampler.start(row, options, 0, [])
         self._sampler.position[:batch].set(np.full(batch, position, np.int32))
 
+    def clear_cache(self) -> None:
+        """Zero the KV cache: attention reads tokens that are not there yet, and passes over them."""
+        with self._stream:
+            for array in (*self._cache.key_NGTB, *self._cache.value_NGTB, *self._cache.scale_NGT2):
+                array.fill(0)
+
     def capture(self, operations: Iterable[Operation]) -> Any:
         """A CUDA graph of all that they launch, which is launched once before: a capture may not load kernels."""
         chosen = list(operations)
