@@ -2,10 +2,10 @@
 
     python examples/benchmarks/bench_token.py 7b.rcp --depth 512 --json token.json
 
-"alone": all launches of an operation in one token (of all layers), in a CUDA graph of their own. "adds": how much faster
-the whole token is without them; launches overlap, so this may be less, and the sum of neither is the whole. "limit":
-the weights, or the part of the KV cache, that the operation reads, at the read bandwidth measured. The operations are
-those that decoding launches (CudaBackend.operations), whatever they are. With --batch, a step of several sequences.
+"alone": all launches of an operation in one token, those of all layers, in a CUDA graph of their own. "adds": how much
+faster the whole token is without them. Launches overlap, so that neither need sum to the whole. "limit": the weights,
+or the part of the KV cache, that the operation reads, at the read bandwidth measured. The operations are those that
+decoding launches (CudaBackend.operations), whatever they are. With --batch, a step of several sequences.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bench:
     """One model, with `depth` tokens in the cache of each of `batch` sequences."""
 
     def __init__(self, file: RcpFile, depth: int, batch: int, options: SamplingOptions, runs: int) -> None:
-        self.backend = CudaBackend(file, depth + TURNS * LAUNCHES, batch)
+        self.backend = CudaBackend(file, depth + TURNS, batch)
         vocabulary = file.architecture.vocab_size
         self.backend.forward(np.random.default_rng(0).integers(0, vocabulary, depth).tolist())
         self.backend.fork(batch)
@@ -50,8 +50,7 @@ class Bench:
 
     def seconds(self, operations: Iterable[Operation]) -> float:
         """Of a graph of these operations, the median of some runs."""
-        graph = self.backend.capture(operations)
-        times = [self.backend.timed(graph, TURNS, self._batch, self._options) for _ in range(self._runs + 2)]
+        times = self.backend.timed(operations, self._batch, self._options, TURNS, self._runs + 2)
         return statistics.median(times[2:])
 
     def alone(self, chosen: list[Operation]) -> float:

@@ -3,8 +3,8 @@
     python examples/make_synthetic_rcp.py demo /tmp/demo.rcp --layers 1
     python examples/benchmarks/sanitize.py /tmp/demo.rcp --logs /tmp/sanitizer
 
-What runs, once without the sanitizer and then under each of its tools: prompts of 20 and of 5 tokens, 8 tokens drawn and
-8 greedy ones of one sequence, then of two sequences together. Each tool writes a log. The exit status is 1 if any found
+What runs, once without the sanitizer and then under each of its tools: prompts of 20 and of 5 tokens, then 8 tokens
+drawn and 8 greedy ones, of one sequence and of two together. Each tool writes a log. The exit status is 1 if any found
 something, 2 where there is no compute-sanitizer. Every array is an allocation of its own, so that memcheck sees where
 it ends; the KV cache is zeroed, as attention reads whole tiles of it and passes over what is not there yet.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,10 +71,15 @@ def find() -> str | None:
 def run(command: list[str], log: Path, limit: float) -> int | None:
     """The exit status of a command whose output goes to a log; None where it took longer than the limit."""
     with log.open("wb") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
+            return child.wait(limit)
         except subprocess.TimeoutExpired:
             return None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # the sanitizer, and what it watches
+                child.wait()
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -1,6 +1,7 @@
 """A whole model on the GPU against the NumPy backend: every architecture's features, every way a token can go."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,9 @@ def test_operations_of_a_step_are_named_and_can_be_timed(tmp_path: Path) -> None
     names = [operation.name for operation in operations]
     assert names[0] == "embed" and names[-2:] == ["head", "sample"] and names.count("down") == 2
     assert sum(operation.weight_bytes for operation in operations) <= 1.05 * ours.memory().weights
-    graph = ours.capture(operations)
-    assert ours.timed(graph, 3, 1, SamplingOptions(**DRAWN)) >= 0
+    seconds = ours.timed(operations, 1, SamplingOptions(**DRAWN), turns=3, runs=2)
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert ours.length == 3
 
 
 def test_too_many_streams_are_refused(tmp_path: Path) -> None:
@@ -261,3 +263,36 @@ def test_too_many_streams_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadRequest, match="1 to 8 sequences, found 9"):
         cuda_backend(tmp_path, streams=9)
+
+
+def test_tools_that_drive_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a token's operations, and what the sanitizer watches: that they run, and what they count."""
+    import cupy
+
+    from rcprun.backends.cuda.backend import CudaBackend
+    from rcprun.bench import weight_bytes
+    from rcprun.sampling import SamplingOptions
+
+    def script(name: str) -> Any:
+        path = Path(__file__).parents[3] / "examples" / "benchmarks" / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    path = tmp_path / "model.rcp"
+    write_random(path, *MODELS["tiny"])
+    monkeypatch.setattr(CudaBackend, "read_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(CudaBackend, "describe", lambda _: "some GPU")
+    monkeypatch.setattr(CudaBackend, "clocks", lambda _: None)
+    monkeypatch.setattr(cupy.cuda, "set_allocator", lambda _: None, raising=False)
+    bench_token = script("bench_token.py")
+    monkeypatch.setattr(bench_token, "LAUNCHES", 2)
+    file = RcpFile.open(path)
+    report = bench_token.measure(file, 9, 2, SamplingOptions(), 1)
+    bench_token.show(report)
+    assert {"qkv", "down", "head", "sample"} <= {row["operation"] for row in report["rows"]}
+    total = sum(row["bytes"] for row in report["rows"])
+    assert total >= 0.9 * weight_bytes(file)
+    script("sanitize.py").decode(path, graphs=False)

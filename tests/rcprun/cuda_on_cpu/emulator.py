@@ -226,7 +226,7 @@ def _cupy(emulator: Emulator) -> dict[str, ModuleType]:
     cuda = SimpleNamespace(
         Device=lambda: device,
         Event=lambda disable_timing=False: event,
-        get_elapsed_time=lambda start, end: 0.0,
+        get_elapsed_time=lambda start, end: 1.0,
         Stream=Stream,
         alloc_pinned_memory=pinned,
         device=SimpleNamespace(get_cublas_handle=lambda: None),

@@ -318,21 +318,27 @@ class CudaBackend:
         self._length += count
         return tokens
 
-    def timed(self, graph: Any, turns: int, batch: int, options: SamplingOptions) -> float:
-        """Seconds that a graph of operations of `batch` rows takes, launched a few times in a row.
+    def timed(
+        self, operations: Iterable[Operation], batch: int, options: SamplingOptions, turns: int, runs: int
+    ) -> list[float]:
+        """Seconds that some operations of a step of `batch` rows take as a graph, launched `turns` times in each run.
 
-        The rows continue the first stream's sequence, each time; after fork where batch is not 1. A graph with the
-        operation "sample" goes on by a token a turn.
+        The rows continue the first stream's sequence, in each run anew; after fork where batch is not 1. They go on by
+        a token for each operation that samples.
         """
         with self._stream:
             self._rewind(batch, self._length, options)
-            start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(self._stream)
-            for _ in range(turns):
-                graph.launch(self._stream)
-            end.record(self._stream)
-            end.synchronize()
-        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / turns
+            graph, seconds = self._capture(operations), []
+            for _ in range(runs):
+                self._rewind(batch, self._length, options)
+                start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record(self._stream)
+                for _ in range(turns):
+                    graph.launch(self._stream)
+                end.record(self._stream)
+                end.synchronize()
+                seconds.append(float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / turns)
+        return seconds
 
     def _rewind(self, batch: int, position: int, options: SamplingOptions) -> None:
         """Set the first rows to a position, to sample with options."""
@@ -345,16 +351,6 @@ class CudaBackend:
         with self._stream:
             for array in (*self._cache.key_NGTB, *self._cache.value_NGTB, *self._cache.scale_NGT2):
                 array.fill(0)
-
-    def capture(self, operations: Iterable[Operation]) -> Any:
-        """A CUDA graph of all that they launch, which is launched once before: a capture may not load kernels."""
-        chosen = list(operations)
-        with self._stream:
-            _run(chosen)
-            self._stream.synchronize()
-            self._stream.begin_capture()
-            _run(chosen)
-            return self._stream.end_capture()
 
     def read_bandwidth(self) -> float:
         """Bytes a second that the GPU was measured to read."""
@@ -378,9 +374,19 @@ class CudaBackend:
         if graph is not None:
             graph.launch(self._stream)
         elif self.graphs:
-            self._graphs[kind, rows] = self.capture(self.operations(kind, rows))  # which does this step itself
+            self._graphs[kind, rows] = self._capture(self.operations(kind, rows))  # which does this step itself
         else:
             _run(self.operations(kind, rows))
+
+    def _capture(self, operations: Iterable[Operation]) -> Any:
+        """A CUDA graph of all that they launch, which is launched once before: a capture may not load kernels."""
+        chosen = list(operations)
+        with self._stream:
+            _run(chosen)
+            self._stream.synchronize()
+            self._stream.begin_capture()
+            _run(chosen)
+            return self._stream.end_capture()
 
     def operations(self, kind: str, rows: int) -> Iterator[Operation]:
         """A step's operations, in order: one token of each of the first rows."""
