@@ -393,7 +393,8 @@ class CudaBackend:
         few, weights, a = self._few, self._weights, self._architecture
         state, logits_MV = self._sampler_rows(slice(rows)), self._logits_MV[:rows]
         if rows not in self._attend_rows:
-            self._attend_rows[rows] = attention.Decode(self._cache, a.num_heads, rows)
+            with self._stream:
+                self._attend_rows[rows] = attention.Decode(self._cache, a.num_heads, rows)
         x_MD = few.floats("x", rows)
         row_bytes = rows * a.hidden_size * weights.embed_VD.itemsize
         yield Operation("embed", partial(embed, state.token, weights.embed_VD, weights.embed_scale_V, x_MD), row_bytes)
