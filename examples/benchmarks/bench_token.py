@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("formats", "runtime")]
 
 from rcpformat.reader import RcpFile  # noqa: E402
-from rcprun.backends.cuda.backend import CudaBackend, Operation  # noqa: E402
+from rcprun.backends.cuda.backend import CudaBackend, Operation, kind_for  # noqa: E402
 from rcprun.bench import cache_bytes  # noqa: E402
 from rcprun.sampling import SamplingOptions  # noqa: E402
 
@@ -44,7 +44,7 @@ class Bench:
         vocabulary = file.architecture.vocab_size
         self.backend.forward(np.random.default_rng(0).integers(0, vocabulary, depth).tolist())
         self.backend.fork(batch)
-        self.operations = list(self.backend.operations("greedy" if options.temperature == 0 else "drawn", batch))
+        self.operations = list(self.backend.operations(kind_for(options), batch))
         self.names = list(dict.fromkeys(operation.name for operation in self.operations))
         self._batch, self._options, self._runs = batch, options, runs
 
@@ -91,7 +91,7 @@ def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, run
         "file": str(file.path),
         "depth": depth,
         "batch": batch,
-        "sampling": "greedy" if options.temperature == 0 else "drawn",
+        "sampling": kind_for(options),
         "whole_us": whole * 1e6,
         "whole_again_us": bench.seconds(bench.operations) * 1e6,
         "rows": rows,

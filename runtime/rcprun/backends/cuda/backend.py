@@ -45,8 +45,8 @@ PREFILL_TOKENS = 1024
 """Tokens that go through all layers at a time."""
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
-LOGITS, GREEDY, DRAWN = "logits", "greedy", "drawn"
-"""What a step ends with: logits, the likeliest token of each row, or draws."""
+LOGITS, GREEDY, DRAWN = KINDS = ("logits", "greedy", "drawn")
+"""What a step ends with: logits, the likeliest token of each row, or draws. Each can do what those before it can."""
 _RING = 4096
 """Generated tokens that the GPU remembers."""
 _IDLE_STEPS = 256
@@ -101,7 +101,7 @@ class _Running:
 
     left: int
     """Steps still to be launched for it."""
-    greedy: bool
+    kind: str
 
 
 class CudaBackend:
@@ -238,7 +238,7 @@ class CudaBackend:
         if wanted:
             with self._stream:
                 self._keep_idle_rows_in_bounds(wanted)
-                self._step(GREEDY if all(running.greedy for running in wanted.values()) else DRAWN, self.streams)
+                self._step(max((running.kind for running in wanted.values()), key=KINDS.index), self.streams)
                 for running in wanted.values():
                     running.left -= 1
                 self._copy_tokens(wanted)
@@ -256,11 +256,10 @@ class CudaBackend:
     def _admit(self, stream: int, options: SamplingOptions, seed: int, history: Sequence[int], count: int) -> None:
         """Choose a stream's first token from its logits, and let it take part in the next count - 1 steps."""
         assert count >= 1 and len(history) + count <= self.context + 1
-        greedy = options.temperature == 0
+        kind = kind_for(options)
         self._sampler.start(stream, options, seed, history)
-        row = slice(stream, stream + 1)
-        sample(self._logits_MV[row], self._sampler_rows(row), greedy=greedy)
-        self._running[stream] = running = _Running(count - 1, greedy)
+        self._sample(kind, slice(stream, stream + 1))
+        self._running[stream] = running = _Running(count - 1, kind)
         self._idle_steps[stream] = 0
         self._copy_tokens({stream: running})
 
@@ -285,6 +284,10 @@ class CudaBackend:
         event = cupy.cuda.Event(disable_timing=True)
         event.record(self._stream)
         self._coming.append((event, place, dict(owners)))
+
+    def _sample(self, kind: str, rows: slice) -> None:
+        """Choose the next tokens of some rows from their logits."""
+        sample(self._logits_MV[rows], self._sampler_rows(rows), greedy=kind == GREEDY)
 
     def _sampler_rows(self, rows: slice) -> SamplerState:
         """Some rows of the sampler, in place."""
@@ -311,7 +314,7 @@ class CudaBackend:
         assert self._length + count <= self.context and count <= _RING
         with self._stream:
             self._rewind(batch, self._length - 1, _IDLE)
-            sample(self._logits_MV[:batch], self._sampler_rows(slice(batch)), greedy=True)
+            self._sample(GREEDY, slice(batch))
             for _ in range(count):
                 self._step(GREEDY, batch)
             tokens: list[int] = self._sampler.history[:batch, :count].get().ravel().tolist()
@@ -391,7 +394,7 @@ class CudaBackend:
     def operations(self, kind: str, rows: int) -> Iterator[Operation]:
         """A step's operations, in order: one token of each of the first rows."""
         few, weights, a = self._few, self._weights, self._architecture
-        state, logits_MV = self._sampler_rows(slice(rows)), self._logits_MV[:rows]
+        state = self._sampler_rows(slice(rows))
         if rows not in self._attend_rows:
             with self._stream:
                 self._attend_rows[rows] = attention.Decode(self._cache, a.num_heads, rows)
@@ -402,9 +405,9 @@ class CudaBackend:
             yield from self._layer_of_few(
                 index, layer, x_MD, state.position, self._slot_M[:rows], self._attend_rows[rows]
             )
-        yield from self._head_operations(x_MD, logits_MV, few)
+        yield from self._head_operations(x_MD, self._logits_MV[:rows], few)
         if kind != LOGITS:
-            yield Operation("sample", partial(sample, logits_MV, state, greedy=kind == GREEDY))
+            yield Operation("sample", partial(self._sample, kind, slice(rows)))
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         """Append tokens to the sequence of self._slot; its row of the logits is what comes after the last."""
@@ -559,6 +562,11 @@ class CudaBackend:
             linears = [each for layer in self._weights.layers for each in layer.linears]
             self._many = Buffers(self._architecture, PREFILL_TOKENS), Gemm(linears, PREFILL_TOKENS)
         return self._many
+
+
+def kind_for(options: SamplingOptions) -> str:
+    """The least that a step must end with to choose by these options."""
+    return GREEDY if options.temperature == 0 else DRAWN
 
 
 def plan_memory(file: RcpFile, context: int, streams: int) -> MemoryPlan:
