@@ -202,6 +202,30 @@ def test_an_idle_row_may_go_on_for_longer_than_the_context(tmp_path: Path) -> No
     assert streamed(ours, [long, short, long]) == [alone[1], alone[0], alone[1]]
 
 
+def test_idle_rows_stay_in_bounds_after_other_uses(tmp_path: Path) -> None:
+    """Forwarding moves the first row to the context's end; it idles there while the second stream runs."""
+    from rcprun.sampling import SamplingOptions
+
+    ours = cuda_backend(tmp_path, "tiny", streams=2)
+    work = ([3], DRAWN, 4, 30)
+    (expected,) = streamed(ours, [work])
+    for _ in range(3):
+        ours.forward([5] * 62)
+        ours.forward([6])
+        tokens: list[int] = []
+        ours.begin(1, work[0], SamplingOptions(**DRAWN), 4, 30)
+        while len(tokens) < 30:
+            tokens += [token for _, token in ours.advance()]
+        ours.end(1)
+        assert tokens == expected
+    for _ in range(5):  # begun, and left at once
+        for stream in (0, 1):
+            ours.begin(stream, [1], SamplingOptions(**DRAWN), 4, 30)
+        ours.end(0)
+        ours.end(1)
+    assert streamed(ours, [work]) == [expected]
+
+
 def test_one_stream_is_what_generating_gives(tmp_path: Path) -> None:
     from rcprun.sampling import SamplingOptions
 

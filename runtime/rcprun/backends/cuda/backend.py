@@ -256,6 +256,9 @@ class CudaBackend:
     def _admit(self, stream: int, options: SamplingOptions, seed: int, history: Sequence[int], count: int) -> None:
         """Choose a stream's first token from its logits, and let it take part in the next count - 1 steps."""
         assert count >= 1 and len(history) + count <= self.context + 1
+        if not self._running:  # rows may be anywhere by now, and tokens on their way are of nobody
+            self._idle_steps = [0] * self.streams
+            self._coming.clear()
         kind = kind_for(options)
         self._sampler.start(stream, options, seed, history)
         self._sample(kind, slice(stream, stream + 1))
