@@ -3,14 +3,18 @@
 Tests are named as llama-bench names them: pp512 computes a prompt of 512 tokens, tg128 generates 128, @ d4096 with
 4,096 tokens in the KV cache already. Nothing is sampled. Beyond rcprun.backends.Backend, a backend may have:
 
-    describe() -> str                            the device and its clocks
+    describe() -> str                            the device and its highest clock
+    clocks() -> dataclass of int, or None        what it runs at now, in MHz
+    memory_report: str                           what it asked of the device's memory
     read_bandwidth() -> float                    bytes a second that it was measured to read
     decode_greedy(count, batch=1) -> list[int]   goes on with the likeliest tokens, without the host in between
     max_batch: int                               how many copies of the sequence decode_greedy can go on with at a time
+    fork(batch)                                  makes these copies; comes before decode_greedy where batch is not 1
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -35,6 +39,7 @@ from rcprun.output import replacing
 DEFAULT_PROMPTS = (512, 2048)
 DEFAULT_GENERATED = (128,)
 DEFAULT_DEPTHS = (0, 512, 4096, 16384)
+_SHARE = '"of bandwidth": weights once a step, and each sequence\'s keys and values'
 _KV_STEP_AND_LOW = 4
 """Bytes beside the codes of each vector in the KV cache."""
 
@@ -76,6 +81,8 @@ class Row:
     """Bytes of weights and KV cache, as the format packs them, that a step of a generation reads; 0 for prompts."""
     bandwidth: float | None
     """Bytes per second that the backend can read, where it knows."""
+    clocks: dict[str, int] | None = None
+    """Of the device when the test ended, in MHz, where it knows."""
 
     @property
     def mean(self) -> float:
@@ -106,6 +113,7 @@ class Row:
             "repetitions": self.rates,
             "step_bytes": self.step_bytes,
             "bandwidth_share": self.bandwidth_share,
+            "clocks_mhz": self.clocks,
         }
 
 
@@ -166,6 +174,7 @@ def measure(backend: Backend, file: RcpFile, cases: Sequence[Case], repetitions:
             rates=[case.tokens * case.batch / each for each in seconds],
             step_bytes=_step_bytes(file, case) if case.decode else 0.0,
             bandwidth=bandwidth,
+            clocks=_clocks(backend),
         )
 
 
@@ -177,9 +186,16 @@ def _seconds(backend: Backend, case: Case, tokens: list[int]) -> float:
         return _timed(lambda: backend.forward(new))
     backend.truncate(case.start - 1)
     backend.forward(tokens[case.start - 1 : case.start])  # a generation continues from the logits of the last token
+    if case.batch > 1:
+        backend.fork(case.batch)  # type: ignore[attr-defined]
     if hasattr(backend, "decode_greedy"):
         return _timed(lambda: backend.decode_greedy(len(new), *([case.batch] if case.batch > 1 else [])))
     return _timed(lambda: [backend.forward([token]) for token in new])
+
+
+def _clocks(backend: Backend) -> dict[str, int] | None:
+    found = backend.clocks() if hasattr(backend, "clocks") else None
+    return None if found is None else dataclasses.asdict(found)
 
 
 def _timed(action: Callable[[], object]) -> float:
@@ -229,7 +245,12 @@ def bench_file(
     cases, beyond = plan(file.architecture.max_position_embeddings, prompts, generated, depths, batches)
     with ExitStack() as stack:
         temporary = stack.enter_context(replacing(json_path, force=force)) if json_path else None
-        running = load(file.path, backend=backend, context=max(case.context for case in cases)).backend
+        running = load(
+            file.path,
+            backend=backend,
+            context=max(case.context for case in cases),
+            parallel=max(case.batch for case in cases),
+        ).backend
         rows = []
         for row in measure(running, file, cases, repetitions):
             rows.append(row)
@@ -241,6 +262,8 @@ def bench_file(
             "device": running.describe() if hasattr(running, "describe") else None,
             "processor": _processor(),
             "threads": _threads(),
+            "memory": getattr(running, "memory_report", None),
+            "clocks_mhz": rows[-1].clocks,
             "read_bandwidth": rows[0].bandwidth,
             "repetitions": repetitions,
             "beyond_context": [case.name for case in beyond],
@@ -267,8 +290,13 @@ def _print_facts(facts: dict[str, Any]) -> None:
     on = " on ".join(str(part) for part in (facts["backend"], facts["device"]) if part)
     print(f"\n{facts['file']}: {facts['bytes'] / 2**20:.1f} MiB")
     print(f"{on}; {facts['processor']}, {facts['threads']} threads; {facts['repetitions']} repetitions after a warm-up")
+    if facts["memory"]:
+        print(facts["memory"])
+    if facts["clocks_mhz"]:
+        clocks = facts["clocks_mhz"].items()
+        print(f"clocks at the end: {', '.join(f'{name} {rate:,} MHz' for name, rate in clocks)}")
     if facts["read_bandwidth"] is not None:
-        print(f"reads {facts['read_bandwidth'] / 1e9:,.0f} GB/s, measured")
+        print(f"reads {facts['read_bandwidth'] / 1e9:,.0f} GB/s, measured; {_SHARE}")
     if facts["beyond_context"]:
         print(f"not measured, beyond the model's context: {', '.join(facts['beyond_context'])}")
 

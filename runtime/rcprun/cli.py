@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import click
 from rcprun.errors import INTERRUPTED_EXIT_CODE, BadRequest, ContextOverflow, InputOutputError, OutOfMemory, RcpRunError
 
 if TYPE_CHECKING:
-    from rcprun.engine import Generation, GenerationResult
+    from rcprun.engine import Generation, GenerationGroup, GenerationResult
     from rcprun.model import Model
 
 EXIT_CODES = """\b
@@ -27,6 +28,10 @@ Exit codes:
   9  reading or writing failed
   130  interrupted by Ctrl-C; what was generated and the summary are printed
 """
+
+
+_HEADING = 72
+"""Characters of a prompt that are shown above its text, where there are several."""
 
 
 class _RunUnlessNamed(click.Group):
@@ -87,8 +92,10 @@ def _integers(low: int) -> dict[str, Any]:
 @main.command(cls=_Run, epilog=EXIT_CODES, context_settings=_SETTINGS)
 @_model_options
 @_context_option
-@click.option("-p", "--prompt", help="The prompt; with --chat, one message of the user's.")
-@click.option("-f", "--file", "prompt_file", type=click.File("rb"), help="Read the prompt from a file.")
+@click.option("-p", "--prompt", "prompts", multiple=True, help="The prompt; with --chat, one message. May be repeated.")
+@click.option("-f", "--file", type=click.File("rb"), help="Read the prompt from a file.")
+@click.option("--prompt-file", type=click.File("rb"), help="Read several prompts from a file, one a line.")
+@click.option("--parallel", type=click.IntRange(1), default=1, help="Prompts a GPU computes together.  [default: 1]")
 @click.option("--chat", is_flag=True, help="Use the model's chat template; without a prompt, talk turn by turn.")
 @click.option("--system", help="System message, with --chat.")
 @click.option("-n", "--max-tokens", type=click.IntRange(1), help="Most tokens to generate.  [default: 256; chat: any]")
@@ -106,8 +113,10 @@ def run(
     context: int | None,
     backend: str,
     verify: bool,
-    prompt: str | None,
+    prompts: tuple[str, ...],
+    file: Any,
     prompt_file: Any,
+    parallel: int,
     chat: bool,
     system: str | None,
     max_tokens: int | None,
@@ -121,6 +130,11 @@ def run(
     the end of a file or of standard input is dropped. The text goes to standard output as it is generated, a summary to
     standard error.
 
+    Several prompts, from --prompt-file or from --prompt given repeatedly, are answered in their order, each below a
+    line "==> its beginning <==", or with --json, as a line of JSON each. With --parallel N a GPU computes N of them
+    together, the next one when one has ended, in N times the memory for their context; texts do not depend on which
+    prompts run together. With --seed S, the first prompt has the seed S, the second S + 1, and so on.
+
     Tokens are chosen in this order: repeat penalty, top-k, top-p, min-p, temperature.
 
     `rcp-run score MODEL` computes log-likelihoods instead, and `rcp-run bench MODEL` measures speed; see their --help.
@@ -128,27 +142,34 @@ def run(
     with _errors_to_exit_codes():
         if system is not None and not chat:
             raise BadRequest("--system goes with --chat")
-        talk = chat and prompt is None and prompt_file is None
-        if talk and as_json:
-            raise BadRequest("--json goes with a prompt; it cannot be used to talk turn by turn")
-        from rcprun.model import DEFAULT_MAX_TOKENS, load
+        talk = chat and not prompts and file is None and prompt_file is None
+        if talk and (as_json or parallel > 1):
+            option = "--json" if as_json else "--parallel"
+            raise BadRequest(f"{option} goes with a prompt; it cannot be used to talk turn by turn")
+        from rcprun.model import DEFAULT_MAX_TOKENS
         from rcprun.sampling import SamplingOptions
 
         SamplingOptions.with_defaults({}, **sampling)  # refuses what is out of range before anything takes time
-        text = "" if talk else _read_prompt(prompt, prompt_file)
-        loaded = load(model, backend=backend, context=context, verify=verify)
+        texts = [] if talk else _read_prompts(prompts, file, prompt_file)
+        loaded = _load(model, backend=backend, context=context, verify=verify, parallel=parallel)
         options = sampling | {"stop": stop, "max_tokens": max_tokens}
         if talk:
             _talk(loaded, system, options)
             return
-        if chat:
-            generation = loaded.conversation(system).send(text, **options)
+        if not chat:
+            options["max_tokens"] = max_tokens or DEFAULT_MAX_TOKENS
+        if len(texts) > 1 or prompt_file is not None:
+            encoded = [_as_message(loaded, system, text) for text in texts] if chat else texts
+            interrupted = _show_many(loaded, loaded.stream_many(encoded, **options), texts, as_json=as_json)
         else:
-            generation = loaded.stream(text, **options | {"max_tokens": max_tokens or DEFAULT_MAX_TOKENS})
-        interrupted = _show(generation, None if as_json else sys.stdout)
-        if as_json:
-            click.echo(_as_json(loaded, generation.result))
-        _summarize(loaded, generation.result)
+            if chat:
+                generation = loaded.conversation(system).send(texts[0], **options)
+            else:
+                generation = loaded.stream(texts[0], **options)
+            interrupted = _show(generation, None if as_json else sys.stdout)
+            if as_json:
+                click.echo(_as_json(loaded, generation.result))
+            _summarize(loaded, generation.result)
         if interrupted:
             sys.exit(INTERRUPTED_EXIT_CODE)
 
@@ -179,10 +200,9 @@ def score(
     --logits is float32, one row after every token, sequence after sequence.
     """
     with _errors_to_exit_codes():
-        from rcprun.model import load
         from rcprun.score import score_file
 
-        loaded = load(model, backend=backend, context=context, verify=verify)
+        loaded = _load(model, backend=backend, context=context, verify=verify)
         score_file(loaded.backend, loaded.file.architecture, tokens_file, out, top1, logits, force)
 
 
@@ -191,7 +211,7 @@ def score(
 @click.option("-p", "--prompts", **_integers(0), help="Lengths of prompts; 0: none.  [default: 512,2048]")
 @click.option("-n", "--generated", **_integers(0), help="Tokens to generate; 0: none.  [default: 128]")
 @click.option("-d", "--depths", **_integers(0), help="Tokens before those.  [default: 0,512,4096,16384]")
-@click.option("--batch", "batches", **_integers(1), default="1", show_default=True, help="Sequences at a time.")
+@click.option("-b", "--batch", "batches", **_integers(1), default="1", show_default=True, help="Sequences at a time.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Runs of each test.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write all of it here.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
@@ -207,20 +227,41 @@ def bench(**options: Any) -> None:
         bench_file(**options)
 
 
-def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
-    """The text of --prompt, -f or standard input, whichever one is given."""
-    if prompt is not None and prompt_file is not None:
-        raise BadRequest("give the prompt with --prompt or with -f, not both")
-    if prompt is None:
-        source = prompt_file
+def _load(model: str, **options: Any) -> Model:
+    """The model; what it asks of a GPU's memory goes to standard error."""
+    from rcprun.model import load
+
+    loaded = load(model, **options)
+    if report := getattr(loaded.backend, "memory_report", None):
+        click.echo(report, err=True)
+    return loaded
+
+
+def _read_prompts(prompts: tuple[str, ...], file: Any, prompt_file: Any) -> list[str]:
+    """The texts of --prompt, -f, --prompt-file or standard input, whichever one is given."""
+    if bool(prompts) + (file is not None) + (prompt_file is not None) > 1:
+        raise BadRequest("give prompts with one of --prompt, -f and --prompt-file, not both")
+    texts = list(prompts)
+    if prompt_file is not None:
+        texts = [line for line in _decode(prompt_file.read()).splitlines() if line.strip()]
+        if not texts:
+            raise BadRequest("the file of prompts is empty; give one on each line")
+    elif not texts:
+        source = file
         if source is None:
             source = sys.stdin.buffer
             if source.isatty():
                 raise BadRequest("no prompt; give one with --prompt, with -f, or on standard input")
-        prompt = re.sub(r"\r?\n\Z", "", _decode(source.read()))
-    if not prompt:
+        texts = [re.sub(r"\r?\n\Z", "", _decode(source.read()))]
+    if not all(texts):
         raise BadRequest("the prompt is empty; give some text")
-    return prompt
+    return texts
+
+
+def _as_message(model: Model, system: str | None, text: str) -> list[int]:
+    """The token ids of a chat of one message."""
+    before = [{"role": "system", "content": system}] if system else []
+    return model.encode_chat([*before, {"role": "user", "content": text}])
 
 
 def _decode(text: bytes) -> str:
@@ -232,8 +273,7 @@ def _decode(text: bytes) -> str:
 
 def _show(generation: Generation, out: Any) -> bool:
     """Write the text as it comes (where there is an `out`); whether Ctrl-C ended it."""
-    if isinstance(out, io.TextIOWrapper):
-        out.reconfigure(errors="replace")  # a terminal that knows no UTF-8 still shows the rest
+    _tolerate(out)
     try:
         for piece in generation:
             if out is not None and piece.text:
@@ -247,6 +287,56 @@ def _show(generation: Generation, out: Any) -> bool:
         out.write("\n")
         out.flush()
     return interrupted
+
+
+def _show_many(model: Model, group: GenerationGroup, prompts: list[str], *, as_json: bool) -> bool:
+    """Write texts in the order of the prompts, the first unfinished one as it comes; whether Ctrl-C ended it."""
+    began, interrupted, out = time.perf_counter(), False, sys.stdout
+    _tolerate(out)
+    pending: list[list[str]] = [[] for _ in prompts]
+    front = 0
+
+    def write(*, everything: bool = False) -> None:
+        """All that may be shown by now."""
+        nonlocal front
+        while front < len(prompts) and (pending[front] or group.generations[front].ended or everything):
+            text = "".join(pending[front])
+            pending[front].clear()
+            if not as_json:
+                out.write(text)
+            if not (group.generations[front].ended or everything):
+                break
+            out.write(_as_json(model, group.generations[front].result) + "\n" if as_json else "\n")
+            front += 1
+            write_heading()
+        out.flush()
+
+    def write_heading() -> None:
+        if not as_json and front < len(prompts):
+            out.write(f"==> {_beginning(prompts[front])} <==\n")
+
+    write_heading()
+    try:
+        for number, piece in group:
+            pending[number].append(piece.text)
+            write()
+    except KeyboardInterrupt:
+        interrupted = True
+        write(everything=True)
+    _summarize_many(model, group.results, time.perf_counter() - began)
+    return interrupted
+
+
+def _tolerate(out: Any) -> None:
+    """A terminal that knows no UTF-8 still shows the rest."""
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")
+
+
+def _beginning(prompt: str) -> str:
+    """Of a prompt, in one short line."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= _HEADING else line[: _HEADING - 1] + "…"
 
 
 def _talk(model: Model, system: str | None, options: dict[str, Any]) -> None:
@@ -300,14 +390,31 @@ def _as_json(model: Model, result: GenerationResult) -> str:
 
 def _summarize(model: Model, result: GenerationResult) -> None:
     """One line on standard error."""
-    timings, memory, peak = result.timings, model.backend.memory(), _peak_rss()
+    timings = result.timings
     click.echo(
         f"[{model.backend.name}] prefill {timings.prefill_tokens} tokens, {timings.prefill_rate:.1f} tokens/s | "
         f"decode {timings.decode_tokens} tokens, {timings.decode_rate:.1f} tokens/s | {result.stop_reason} | "
-        f"weights {memory.weights / 2**20:.1f} MiB, KV cache {memory.kv_cache / 2**20:.1f} MiB"
-        + (f", peak RSS {peak / 2**20:.0f} MiB" if peak else ""),
+        + _memory_line(model),
         err=True,
     )
+
+
+def _summarize_many(model: Model, results: list[GenerationResult], seconds: float) -> None:
+    """One line on standard error."""
+    tokens = sum(len(result.tokens) for result in results)
+    together = min(getattr(model.backend, "streams", 1), len(results))
+    click.echo(
+        f"[{model.backend.name}] {len(results)} prompts of {sum(result.prompt_tokens for result in results)} tokens, "
+        f"{together} at a time | {tokens} generated in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s | "
+        + _memory_line(model),
+        err=True,
+    )
+
+
+def _memory_line(model: Model) -> str:
+    memory, peak = model.backend.memory(), _peak_rss()
+    held = f"weights {memory.weights / 2**20:.1f} MiB, KV cache {memory.kv_cache / 2**20:.1f} MiB"
+    return held + (f", peak RSS {peak / 2**20:.0f} MiB" if peak else "")
 
 
 def _peak_rss() -> int | None:

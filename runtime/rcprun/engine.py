@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import numpy as np
 
 from rcpformat.architecture import Architecture
 from rcpformat.errors import brief
-from rcprun.backends import Backend, SamplingBackend
+from rcprun.backends import Backend, ParallelBackend, SamplingBackend
 from rcprun.errors import BadRequest, ContextOverflow
 from rcprun.sampling import Sampler
 from rcprun.tokenizer import StopStrings, TextStream, Tokenizer
@@ -119,6 +120,7 @@ class Generation:
         self._stop = StopStrings(stop)
         self._shown: list[str] = []
         self._reason: StopReason = "interrupted"
+        self._ended = False
         self._prefill_seconds = 0.0
         self._decode_seconds = 0.0
         self._pieces = self._run()
@@ -132,6 +134,11 @@ class Generation:
     def close(self) -> None:
         """End the generation here."""
         self._pieces.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token has come."""
+        return self._ended
 
     @property
     def tokens(self) -> list[int]:
@@ -156,23 +163,30 @@ class Generation:
             ),
         )
 
+    def begin(self, backend: ParallelBackend, stream: int) -> None:
+        """Compute the prompt as a stream of a backend, whose tokens are to be pushed."""
+        backend.begin(stream, self._history, self._sampler.options, self._sampler.seed, self._limit)
+
+    def push(self, token: int, began: float) -> Piece:
+        """Take the next token, which was waited for since `began` (time.perf_counter)."""
+        self._history.append(token)
+        produced = len(self._history) - self._prompt_tokens
+        text, reason = self._text_after(token, produced)
+        self._shown.append(text)
+        seconds = time.perf_counter() - began
+        if produced == 1:
+            self._prefill_seconds = seconds
+        else:
+            self._decode_seconds += seconds
+        if reason:
+            self._reason, self._ended = reason, True
+        return Piece(token, text)
+
     def _run(self) -> Generator[Piece, None, None]:
         tokens = self._sampled()
-        for produced in range(1, self._limit + 1):
+        while not self._ended:
             began = time.perf_counter()
-            token = next(tokens)
-            self._history.append(token)
-            text, reason = self._text_after(token, produced)
-            seconds = time.perf_counter() - began
-            if produced == 1:
-                self._prefill_seconds = seconds
-            else:
-                self._decode_seconds += seconds
-            self._shown.append(text)
-            self._reason = reason or self._reason
-            yield Piece(token, text)
-            if reason:
-                return
+            yield self.push(next(tokens), began)
 
     def _sampled(self) -> Generator[int, None, None]:
         """Token after token. Nothing is computed before it is asked for, but by a backend that samples by itself."""
@@ -201,3 +215,70 @@ class Generation:
         if found:
             return text, "stop"
         return text, "length" if produced == self._max_tokens else "context"
+
+
+class GenerationGroup:
+    """Generations of one model, as many at a time as its backend can do: where one ends, the next takes its place.
+
+    Iterate for (number of the generation, piece), then (or at any time) read `results`. Pieces of a generation come in
+    order. A backend of one sequence runs them one after the other. Ctrl-C while iterating leaves the results
+    consistent and is raised again.
+    """
+
+    def __init__(self, backend: Backend, generations: Sequence[Generation]) -> None:
+        """generations: of this backend, none begun."""
+        self.generations = generations
+        self._backend = backend
+        if isinstance(backend, ParallelBackend) and backend.streams > 1:
+            self._pieces = self._together(backend)
+        else:
+            self._pieces = self._one_by_one()
+
+    def __iter__(self) -> Iterator[tuple[int, Piece]]:
+        return self._pieces
+
+    def __next__(self) -> tuple[int, Piece]:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End all generations here."""
+        self._pieces.close()
+
+    @property
+    def results(self) -> list[GenerationResult]:
+        """Of all generations, in order."""
+        return [generation.result for generation in self.generations]
+
+    def _one_by_one(self) -> Generator[tuple[int, Piece], None, None]:
+        for number, generation in enumerate(self.generations):
+            self._backend.truncate(0)
+            try:
+                for piece in generation:
+                    yield number, piece
+            finally:
+                generation.close()
+
+    def _together(self, backend: ParallelBackend) -> Generator[tuple[int, Piece], None, None]:
+        waiting = deque(range(len(self.generations)))
+        free = deque(range(backend.streams))
+        running: dict[int, int] = {}
+        since: dict[int, float] = {}
+        try:
+            while waiting or running:
+                while waiting and free:
+                    stream, number = free.popleft(), waiting.popleft()
+                    running[stream], since[stream] = number, time.perf_counter()
+                    self.generations[number].begin(backend, stream)
+                for stream, token in backend.advance():
+                    number = running[stream]
+                    generation = self.generations[number]
+                    piece = generation.push(token, since[stream])
+                    since[stream] = time.perf_counter()
+                    if generation.ended:
+                        backend.end(stream)
+                        free.append(stream)
+                        del running[stream]
+                    yield number, piece
+        finally:
+            for stream in running:
+                backend.end(stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -13,7 +14,7 @@ from rcpformat.errors import FormatError, UnreadableFile, brief
 from rcpformat.reader import RcpFile
 from rcprun import backends, hub
 from rcprun.chat import ChatRenderer, Message, require_template
-from rcprun.engine import Generation, GenerationResult, Piece, check_tokens
+from rcprun.engine import Generation, GenerationGroup, GenerationResult, Piece, check_tokens
 from rcprun.errors import BadModelFile, BadRequest
 from rcprun.sampling import Sampler, SamplingOptions
 from rcprun.score import SequenceScore, score_sequence
@@ -34,13 +35,19 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 def load(
-    model: str | os.PathLike[str], *, backend: str = "auto", context: int | None = None, verify: bool = False
+    model: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    context: int | None = None,
+    parallel: int = 1,
+    verify: bool = False,
 ) -> Model:
     """Open a `.rcp` file and make it ready to run.
 
     model: a path, or a Hub name (user/repo, hf://user/repo, hf://user/repo/file.rcp), downloaded when it is not cached.
     backend: "auto", "numpy" or "cuda". context: tokens that prompt and reply may have together; by default, and at
-    most, what the model was trained for. verify: check the file's hashes first (seconds a gigabyte).
+    most, what the model was trained for. parallel: prompts of generate_many that a GPU computes together, with such a
+    context each. verify: check the file's hashes first (seconds a gigabyte).
 
     Raises RcpRunError: BadModelFile, HubError, BackendUnavailable, BadRequest.
     """
@@ -49,7 +56,7 @@ def load(
     if context is not None and not 1 <= context <= trained:
         raise BadRequest(f"context: expected from 1 to {trained} tokens, as the model was trained; found {context}")
     with _bad_model_files():
-        return Model(file, backends.create(backend, file, context or trained))
+        return Model(file, backends.create(backend, file, context or trained, parallel))
 
 
 def open_file(model: str | os.PathLike[str], *, verify: bool = False) -> RcpFile:
@@ -68,13 +75,13 @@ def _bad_model_files() -> Iterator[None]:
 
 
 class Model:
-    """A loaded model. It runs one sequence at a time: what starts a new one ends the generation before it."""
+    """A loaded model. It runs one sequence at a time, or one group: what starts a new one ends what ran before it."""
 
     def __init__(self, file: RcpFile, backend: backends.Backend) -> None:
         self.file = file
         self.backend = backend
         self.tokenizer = Tokenizer(file.tokenizer_json(), file.metadata.tokenizer)
-        self._running: Generation | None = None
+        self._running: Generation | GenerationGroup | None = None
 
     @property
     def context(self) -> int:
@@ -116,6 +123,45 @@ class Model:
     ) -> GenerationResult:
         """`stream` to its end, calling on_token with each piece; the text and how it came about."""
         return _exhaust(self.stream(prompt, max_tokens=max_tokens, stop=stop, **sampling), on_token)
+
+    def stream_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingKeywords],
+    ) -> GenerationGroup:
+        """Start a generation of each prompt: an iterator of (number of the prompt, `Piece`), with `results` at the end.
+
+        As many run together as `load` was told to run in parallel, where the backend can. With a seed, the first prompt
+        has that one, the next one the next seed, and so on. Parameters and errors as of `stream`.
+        """
+        options = SamplingOptions.with_defaults(self.file.metadata.generation, **sampling)
+        generations = []
+        for number, prompt in enumerate(prompts):
+            seed = None if options.seed is None else (options.seed + number) % 2**64
+            sampler = Sampler(replace(options, seed=seed))
+            generations.append(self._generation(self.encode(prompt), 0, sampler, max_tokens, stop))
+        self._end_running()
+        self._running = group = GenerationGroup(self.backend, generations)
+        return group
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        on_token: Callable[[int, Piece], None] | None = None,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> list[GenerationResult]:
+        """`stream_many` to its end, calling on_token with each prompt's number and piece; a result for each prompt."""
+        group = self.stream_many(prompts, max_tokens=max_tokens, stop=stop, **sampling)
+        for number, piece in group:
+            if on_token is not None:
+                on_token(number, piece)
+        return group.results
 
     def chat(
         self,
@@ -165,20 +211,26 @@ class Model:
         reuse_cache: bool,
     ) -> Generation:
         options = SamplingOptions.with_defaults(self.file.metadata.generation, **sampling)
-        held = self._running.tokens[: self.backend.length] if self._running and reuse_cache else []
+        before = self._running if reuse_cache else None
+        held = before.tokens[: self.backend.length] if isinstance(before, Generation) else []
         self._end_running()
         cached = _common_prefix(held, prompt[:-1])
         self.backend.truncate(cached)
-        self._running = Generation(
+        self._running = generation = self._generation(prompt, cached, Sampler(options), max_tokens, stop)
+        return generation
+
+    def _generation(
+        self, prompt: list[int], cached: int, sampler: Sampler, max_tokens: int | None, stop: Sequence[str]
+    ) -> Generation:
+        return Generation(
             self.backend,
             self.tokenizer,
             prompt,
             cached=cached,
-            sampler=Sampler(options),
+            sampler=sampler,
             max_tokens=max_tokens,
             stop=[stop] if isinstance(stop, str) else stop,
         )
-        return self._running
 
     def _end_running(self) -> None:
         if self._running is not None:

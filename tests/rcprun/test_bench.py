@@ -32,12 +32,19 @@ def run(*arguments: object) -> Result:
     return result
 
 
+@dataclasses.dataclass
+class Clocks:
+    core: int = 1980
+    memory: int = 3201
+
+
 class Device:
     """A backend with a loop of its own; writes down what it is asked for."""
 
     name = "device"
     context = 64
     max_batch = 4
+    memory_report = "Device memory: 1 GiB"
 
     def __init__(self) -> None:
         self.length = 0
@@ -59,6 +66,9 @@ class Device:
     def memory(self) -> MemoryUse:
         return MemoryUse(weights=0, kv_cache=0)
 
+    def fork(self, batch: int) -> None:
+        self.calls.append((f"fork × {batch}", self.length, 0))
+
     def decode_greedy(self, count: int, batch: int = 1) -> list[int]:
         assert self.length
         self.calls.append((f"decode × {batch}", self.length, count))
@@ -70,6 +80,9 @@ class Device:
 
     def describe(self) -> str:
         return "Device 9000 at 1 GHz"
+
+    def clocks(self) -> Clocks:
+        return Clocks()
 
 
 @pytest.fixture
@@ -134,8 +147,8 @@ def test_each_repetition_starts_from_the_same_depth(file: Path) -> None:
     prompt = [("forward", 0, 8)] * 3
     shallow = [("forward", 0, 1), ("decode × 1", 1, 4)]
     deep = [("forward", 19, 1), ("decode × 1", 20, 4)]
-    pair = [(kind.replace("× 1", "× 2"), length, count) for kind, length, count in shallow]
-    deep_pair = [(kind.replace("× 1", "× 2"), length, count) for kind, length, count in deep]
+    pair = [shallow[0], ("fork × 2", 1, 0), ("decode × 2", 1, 4)]
+    deep_pair = [deep[0], ("fork × 2", 20, 0), ("decode × 2", 20, 4)]
     fill, fill_deep = [("forward", 0, 1)], [("forward", 0, 20)]
     assert device.calls == [
         *prompt,
@@ -209,18 +222,24 @@ def test_table(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert row["deviation"] == pytest.approx(np.std(row["repetitions"], ddof=1))
 
 
-def test_table_of_a_device(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_of_a_device(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Loaded:
         backend = Device()
 
-    monkeypatch.setattr(bench, "load", lambda *_, **__: Loaded)
-    result = run(file, "-p", 4, "-n", 3, "-d", 0, "--batch", "1,4", "-r", 1)
+    asked = {}
+    monkeypatch.setattr(bench, "load", lambda *_, **options: asked.update(options) or Loaded)
+    result = run(file, "-p", 4, "-n", 3, "-d", 0, "-b", "1,4", "-r", 1, "--json", tmp_path / "out.json")
+    assert (asked["context"], asked["parallel"]) == (4, 4)
     heading, _, *rows = result.stdout.partition("\n\n")[0].splitlines()
     assert heading.endswith("| of bandwidth |")
     assert [row.split("|")[1].strip() for row in rows] == ["pp4", "tg3", "tg3 × 4"]
     assert [row.split("|")[3].strip().endswith("%") for row in rows] == [False, True, True]
     assert "device on Device 9000 at 1 GHz; " in result.stdout
     assert "reads 1 GB/s, measured" in result.stdout
+    assert "Device memory: 1 GiB\nclocks at the end: core 1,980 MHz, memory 3,201 MHz\n" in result.stdout
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["memory"] == "Device memory: 1 GiB"
+    assert [row["clocks_mhz"] for row in report["rows"]] == [{"core": 1980, "memory": 3201}] * 3
 
 
 @pytest.mark.parametrize(

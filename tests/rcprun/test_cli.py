@@ -102,6 +102,36 @@ def test_one_newline_at_the_end_of_a_file_is_dropped(path: Path, tmp_path: Path)
     fails(2, "the prompt is empty", path, stdin="\n")
 
 
+def test_several_prompts_are_answered_in_order(path: Path, tmp_path: Path) -> None:
+    options = ("-n", 6, "--temp", 1.5, "--parallel", 4)
+    prompts = ["abc", "a long one " * 5, "x"]
+    alone = [run(path, "-p", each, *options, "--seed", 7 + n).stdout for n, each in enumerate(prompts)]
+    repeated = [word for each in prompts for word in ("-p", each)]
+    result = run(path, *repeated, *options, "--seed", 7)
+    headings = ["abc", ("a long one " * 5)[:54], "x"]
+    assert result.stdout == "".join(f"==> {h} <==\n{text}" for h, text in zip(headings, alone, strict=True))
+    assert "[numpy] 3 prompts of 62 tokens, 1 at a time | 18 generated in " in result.stderr
+    assert result.stderr.count("\n") == 1
+    (tmp_path / "prompts.txt").write_text("\n".join(["", *prompts, ""]))
+    assert run(path, "--prompt-file", tmp_path / "prompts.txt", *options, "--seed", 7).stdout == result.stdout
+    lines = run(path, *repeated, *options, "--seed", 7, "--json").stdout.splitlines()
+    assert [json.loads(line)["text"] + "\n" for line in lines] == alone
+    assert [json.loads(line)["seed"] for line in lines] == [7, 8, 9]
+
+
+def test_several_messages_are_a_chat_each(path: Path) -> None:
+    chat = ("--chat", "--system", "S", "-n", 4, "--temp", 0, "--json")
+    alone = [json.loads(run(path, *chat, "-p", each).stdout)["tokens"] for each in ("hi", "you")]
+    lines = run(path, *chat, "-p", "hi", "-p", "you").stdout.splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == alone
+
+
+def test_memory_of_a_gpu_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rcprun.backends.numpy.NumpyBackend.memory_report", "GPU memory: all of it", raising=False)
+    assert run(path, "-p", "a", "-n", 1).stderr.startswith("GPU memory: all of it\n")
+    assert run("score", path, "--tokens", "-", stdin="[3]\n").stderr == "GPU memory: all of it\n"
+
+
 def test_stop_strings(path: Path) -> None:
     whole = json.loads(run(path, "--prompt", "abc", "-n", 20, "--temp", 0, "--json").stdout)["text"]
     stop = whole[5:7]
@@ -179,6 +209,10 @@ def test_bad_prompts(path: Path, tmp_path: Path) -> None:
     fails(2, "the prompt is empty", path, stdin="")
     fails(2, "not UTF-8", path, "-f", tmp_path / "latin")
     fails(2, "not both", path, "--prompt", "a", "-f", tmp_path / "latin")
+    fails(2, "not both", path, "--prompt", "a", "--prompt-file", tmp_path / "latin")
+    fails(2, "the prompt is empty", path, "-p", "a", "-p", "")
+    fails(2, "file of prompts is empty", path, "--prompt-file", "-", stdin="\n \n")
+    fails(4, "do not fit into the context of 64", path, "-p", "a", "-p", "x" * 64)
     fails(4, "do not fit into the context of 64", path, "--prompt", "x" * 64)
     fails(4, "do not fit into the context of 8", path, "-c", 8, "--prompt", "x" * 8)
 
@@ -190,6 +224,7 @@ def test_bad_options(path: Path) -> None:
     fails(2, "from 1 to 64 tokens", path, "-c", 65, "--prompt", "a")
     fails(2, "--system goes with --chat", path, "--system", "S", "--prompt", "a")
     fails(2, "--json", path, "--chat", "--json")
+    fails(2, "--parallel", path, "--chat", "--parallel", 2)
     assert run(path, "--prompt", "a", "-n", 0).exit_code == 2
     assert run().exit_code == 2
 

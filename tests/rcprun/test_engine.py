@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from byte_model import BOS, BYTE_VOCABULARY, EOS, TURN, ScriptedBackend, byte_ids
-from rcprun.engine import Generation, GenerationResult, check_tokens
-from rcprun.errors import BadRequest, ContextOverflow
+from rcprun.engine import Generation, GenerationGroup, GenerationResult, check_tokens
+from rcprun.errors import BadModelFile, BadRequest, ContextOverflow
 from rcprun.model import Model
 from rcprun.sampling import Sampler, SamplingOptions
 from rcprun.tokenizer import Tokenizer
@@ -221,3 +221,93 @@ def test_conversation_survives_an_overflow(model: Model) -> None:
 def test_vocabulary_of_the_fixture(model: Model) -> None:
     assert model.file.architecture.vocab_size == BYTE_VOCABULARY
     assert model.context == 64
+
+
+class Streams(ScriptedBackend):
+    """A backend of several streams: each says the script of its prompt's length."""
+
+    def __init__(self, scripts: dict[int, list[int]], streams: int) -> None:
+        super().__init__([], 64)
+        self.scripts, self.streams = scripts, streams
+        self.running: dict[int, tuple[int, int]] = {}
+        self.log: list[str] = []
+
+    def begin(self, stream: int, prompt: list[int], options: SamplingOptions, seed: int, count: int) -> None:
+        assert 0 <= stream < self.streams and stream not in self.running and count >= 1
+        self.running[stream] = len(prompt), 0
+        self.log.append(f"+{len(prompt)}")
+
+    def advance(self) -> list[tuple[int, int]]:
+        assert self.running
+        tokens = [(stream, self.scripts[length][said]) for stream, (length, said) in self.running.items()]
+        if any(token < 0 for _, token in tokens):
+            raise BadModelFile("not finite")
+        self.running = {stream: (length, said + 1) for stream, (length, said) in self.running.items()}
+        self.log.append("step")
+        return tokens
+
+    def end(self, stream: int) -> None:
+        self.log.append(f"-{self.running.pop(stream)[0]}")
+
+
+def group_of(tokenizer: Tokenizer, texts: list[str], streams: int, **options) -> tuple[GenerationGroup, Streams]:
+    backend = Streams({n + 1: [*byte_ids(text), EOS] for n, text in enumerate(texts)}, streams)
+    sampler = Sampler(SamplingOptions(temperature=0))
+    settings = {"sampler": sampler, "max_tokens": None, "stop": [], **options}
+    generations = [Generation(backend, tokenizer, [BOS] * (n + 1), **settings) for n in range(len(texts))]
+    return GenerationGroup(backend, generations), backend
+
+
+@pytest.mark.parametrize("streams", [2, 3, 8])
+def test_a_group_takes_the_next_prompt_where_one_ends(tokenizer: Tokenizer, streams: int) -> None:
+    texts = ["ab", "abcdef", "", "x", "abcd"]
+    group, backend = group_of(tokenizer, texts, streams)
+    shown = [""] * len(texts)
+    for number, piece in group:
+        shown[number] += piece.text
+    assert shown == texts == [result.text for result in group.results]
+    assert {result.stop_reason for result in group.results} == {"eos"}
+    assert [result.timings.decode_tokens for result in group.results] == [len(text) for text in texts]
+    assert not backend.running
+    if streams == 2:
+        first = ["+1", "+2", *["step"] * 3, "-1", "+3", "step", "-3", "+4", *["step"] * 2, "-4", "+5"]
+        assert backend.log[: len(first)] == first
+    assert backend.log.count("step") == {2: 11, 3: 8, 8: 7}[streams]
+
+
+def test_a_group_stops_each_text_on_its_own(tokenizer: Tokenizer) -> None:
+    group, backend = group_of(tokenizer, ["abc END d", "abcdefgh"], 2, stop=["END"], max_tokens=7)
+    list(group)
+    assert [(result.text, result.stop_reason) for result in group.results] == [("abc ", "stop"), ("abcdefg", "length")]
+    assert not backend.running
+
+
+def test_a_group_that_is_left_ends_its_streams(tokenizer: Tokenizer) -> None:
+    group, backend = group_of(tokenizer, ["abc", "abc", "abc"], 2)
+    next(group)
+    group.close()
+    assert not backend.running
+    assert [result.stop_reason for result in group.results] == ["interrupted"] * 3
+    failing, backend = group_of(tokenizer, ["abc", "abc"], 2)
+    backend.scripts[2][1] = -1
+    with pytest.raises(BadModelFile):
+        list(failing)
+    assert not backend.running
+
+
+def test_many_prompts_are_each_what_it_is_alone(model: Model) -> None:
+    prompts, options = ["abc", "x", "a longer one"], {"max_tokens": 9, "temperature": 1.5}
+    pieces = []
+    results = model.generate_many(prompts, seed=2**64 - 1, on_token=lambda *piece: pieces.append(piece), **options)
+    seeds = [2**64 - 1, 0, 1]
+    alone = [model.generate(prompt, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert [(r.tokens, r.text, r.seed) for r in results] == [(r.tokens, r.text, r.seed) for r in alone]
+    assert [piece.token for number, piece in pieces if number == 1] == results[1].tokens
+    assert len({result.seed for result in model.generate_many(["a", "a"], max_tokens=1)}) == 2
+    assert model.generate_many([]) == []
+    with pytest.raises(BadRequest, match="empty"):
+        model.generate_many(["a", ""])
+    running = model.stream_many(["a", "b"], **GREEDY)
+    next(running)
+    model.score([1, 2])
+    assert list(running) == []

@@ -66,10 +66,38 @@ class SamplingBackend(Protocol):
         """
 
 
-def create(name: str, file: RcpFile, context: int) -> Backend:
+@runtime_checkable
+class ParallelBackend(Protocol):
+    """What a backend may have besides: several sequences at a time, each a stream with a place of its own.
+
+    A stream's tokens do not depend on what other streams do, or whether they do anything. While streams run, the one
+    sequence of Backend must not be used; afterwards it is empty.
+    """
+
+    streams: int
+    """Sequences at a time."""
+
+    def begin(self, stream: int, prompt: Sequence[int], options: SamplingOptions, seed: int, count: int) -> None:
+        """Compute a prompt, and let the stream, which must not be running, go on with up to `count` tokens.
+
+        stream: from 0 to streams - 1. The tokens are reproducible for a seed, but not the draws of another backend.
+        """
+
+    def advance(self) -> list[tuple[int, int]]:
+        """Each running stream's number and its next token; of a stream that has had `count` tokens, none.
+
+        Raises BadModelFile for logits that are not finite.
+        """
+
+    def end(self, stream: int) -> None:
+        """No more tokens of this stream are wanted; another sequence may take its place."""
+
+
+def create(name: str, file: RcpFile, context: int, streams: int = 1) -> Backend:
     """A backend by its name, one of BACKENDS; "auto" takes the GPU where there is one that can run it.
 
-    Raises BackendUnavailable or OutOfMemory.
+    streams: sequences at a time, each of `context` tokens, where it is a ParallelBackend; others have one.
+    Raises BackendUnavailable, BadRequest or OutOfMemory.
     """
     if name not in BACKENDS:
         raise BackendUnavailable(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
@@ -77,7 +105,7 @@ def create(name: str, file: RcpFile, context: int) -> Backend:
         from rcprun.backends import cuda
 
         if name == "cuda" or cuda.why_unavailable() is None:
-            return cuda.create(file, context)
+            return cuda.create(file, context, streams)
     from rcprun.backends.numpy import NumpyBackend
 
     return NumpyBackend(file, context)

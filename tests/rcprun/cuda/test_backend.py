@@ -1,6 +1,7 @@
 """A whole model on the GPU against the NumPy backend: every architecture's features, every way a token can go."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,17 @@ MODELS = {
 }
 
 
-def backends(folder: Path, name: str) -> tuple[Any, NumpyBackend]:
+def cuda_backend(folder: Path, name: str = "plain", streams: int = 1) -> Any:
     from rcprun.backends.cuda.backend import CudaBackend
 
-    write_random(folder / "model.rcp", *MODELS[name])
-    file = RcpFile.open(folder / "model.rcp")
-    return CudaBackend(file, 64), NumpyBackend(file, 64)
+    path = folder / "model.rcp"
+    if not path.exists():
+        write_random(path, *MODELS[name])
+    return CudaBackend(RcpFile.open(path), 64, streams)
+
+
+def backends(folder: Path, name: str) -> tuple[Any, NumpyBackend]:
+    return cuda_backend(folder, name), NumpyBackend(RcpFile.open(folder / "model.rcp"), 64)
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -105,13 +111,25 @@ def test_decoding_greedily_on_the_gpu_is_decoding_step_by_step(tmp_path: Path) -
 def test_too_little_memory_is_said_before_anything_is_allocated(tmp_path: Path, monkeypatch) -> None:
     import cupy
 
-    from rcprun.backends.cuda.backend import CudaBackend
     from rcprun.errors import OutOfMemory
 
-    write_random(tmp_path / "model.rcp", *MODELS["plain"])
     monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (1000, 2000))
-    with pytest.raises(OutOfMemory, match=r"GPU memory: needs .* GiB .* are free"):
-        CudaBackend(RcpFile.open(tmp_path / "model.rcp"), 64)
+    monkeypatch.setattr(cupy, "empty", lambda *_: pytest.fail("something was allocated"))
+    with pytest.raises(OutOfMemory, match=r"GPU memory: needs .* GiB \(.*\), 0\.0 free: free some of it"):
+        cuda_backend(tmp_path)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_memory_that_is_asked_for_is_what_is_held(tmp_path: Path, streams: int) -> None:
+    """But for the padding of these small layers, and what CUDA takes by itself."""
+    from rcprun.backends.cuda.backend import plan_memory
+
+    ours = cuda_backend(tmp_path, streams=streams)
+    plan = plan_memory(RcpFile.open(tmp_path / "model.rcp"), 64, streams)
+    held = ours.memory()
+    assert plan.kv_cache == held.kv_cache
+    assert 0.7 < plan.weights / held.weights <= 1.01
+    assert ours.memory_report.startswith("GPU memory: 0.1 GiB (0.0 weights, 0.0 KV cache for ")
 
 
 def test_generating_with_sampling_on_the_gpu(tmp_path: Path) -> None:
@@ -138,3 +156,182 @@ def test_generating_with_sampling_on_the_gpu(tmp_path: Path) -> None:
     stream.close()
     assert ours.length == 7  # the prompt and four tokens; the fifth was never asked for as input
     assert int(ours.forward(expected[4:5]).argmax()) == expected[5]
+
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+DRAWN: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def streamed(backend: Any, work: list[tuple[list[int], dict[str, Any], int, int]]) -> list[list[int]]:
+    """The tokens of each (prompt, sampling options, seed, count), as many at a time as there are streams."""
+    from rcprun.sampling import SamplingOptions
+
+    tokens: list[list[int]] = [[] for _ in work]
+    free, running, following = list(range(backend.streams)), {}, 0
+    while running or following < len(work):
+        while free and following < len(work):
+            prompt, options, seed, count = work[following]
+            running[free[0]] = following
+            backend.begin(free.pop(0), prompt, SamplingOptions(**options), seed, count)
+            following += 1
+        for stream, token in backend.advance():
+            number = running[stream]
+            tokens[number].append(token)
+            if len(tokens[number]) == work[number][3]:
+                backend.end(stream)
+                free.append(stream)
+                del running[stream]
+    return tokens
+
+
+WORK = [
+    ([1, 2, 3], GREEDY, 0, 12),
+    (list(range(20)), DRAWN, 5, 7),
+    ([9], DRAWN, 5, 1),
+    ([4, 5], GREEDY, 0, 3),
+    (list(range(40)), DRAWN, 2**40 + 1, 25),  # fills the context
+    ([7] * 9, {**DRAWN, "repeat_penalty": 1.3}, 1, 10),
+]
+
+
+def test_tokens_of_a_stream_do_not_depend_on_the_others(tmp_path: Path) -> None:
+    """Alone, together, in another order and in other places, with rows that idle and that are taken over."""
+    ours = cuda_backend(tmp_path, streams=3)
+    alone = [streamed(ours, [each])[0] for each in WORK]
+    assert [len(tokens) for tokens in alone] == [count for *_, count in WORK]
+    assert streamed(ours, WORK) == alone
+    assert streamed(ours, WORK[::-1]) == alone[::-1]
+    prompt, options, seed, count = WORK[0]
+    ours.forward(prompt)
+    from rcprun.sampling import SamplingOptions
+
+    assert list(ours.generate(SamplingOptions(**options), seed, prompt, count)) == alone[0]
+
+
+def test_an_idle_row_may_go_on_for_longer_than_the_context(tmp_path: Path) -> None:
+    """More steps than positions: what an idle row appends must stay within its slot."""
+    ours = cuda_backend(tmp_path, "tiny", streams=2)
+    short, long = ([1, 2], DRAWN, 3, 2), ([3], DRAWN, 4, 60)
+    alone = [streamed(ours, [each])[0] for each in (short, long)]
+    assert streamed(ours, [short, long]) == alone
+    assert streamed(ours, [long, short, long]) == [alone[1], alone[0], alone[1]]
+
+
+def test_idle_rows_stay_in_bounds_after_other_uses(tmp_path: Path) -> None:
+    """Forwarding moves the first row to the context's end; it idles there while the second stream runs."""
+    from rcprun.sampling import SamplingOptions
+
+    ours = cuda_backend(tmp_path, "tiny", streams=2)
+    work = ([3], DRAWN, 4, 30)
+    (expected,) = streamed(ours, [work])
+    for _ in range(3):
+        ours.forward([5] * 62)
+        ours.forward([6])
+        tokens: list[int] = []
+        ours.begin(1, work[0], SamplingOptions(**DRAWN), 4, 30)
+        while len(tokens) < 30:
+            tokens += [token for _, token in ours.advance()]
+        ours.end(1)
+        assert tokens == expected
+    for _ in range(5):  # begun, and left at once
+        for stream in (0, 1):
+            ours.begin(stream, [1], SamplingOptions(**DRAWN), 4, 30)
+        ours.end(0)
+        ours.end(1)
+    assert streamed(ours, [work]) == [expected]
+
+
+def test_one_stream_is_what_generating_gives(tmp_path: Path) -> None:
+    from rcprun.sampling import SamplingOptions
+
+    ours = cuda_backend(tmp_path)
+    for prompt, options, seed, count in WORK:
+        ours.truncate(0)
+        ours.forward(prompt)
+        expected = list(ours.generate(SamplingOptions(**options), seed, prompt, count))
+        assert streamed(ours, [(prompt, options, seed, count)]) == [expected]
+
+
+def test_many_streams_see_what_one_sees(tmp_path: Path) -> None:
+    """Greedy tokens of 8 rows are those of one row, but where rounding decides: sums have another order."""
+    one, eight = cuda_backend(tmp_path), cuda_backend(tmp_path, streams=8)
+    rng = np.random.default_rng(2)
+    work = [(rng.integers(0, 300, 10).tolist(), GREEDY, 0, 4) for _ in range(16)]
+    pairs = zip(streamed(one, work), streamed(eight, work), strict=True)
+    same = [a == b for a, b in pairs]
+    assert np.mean(same) > 0.7, same
+
+
+def test_forked_streams_decode_alike(tmp_path: Path) -> None:
+    ours = cuda_backend(tmp_path, streams=4)
+    runs = []
+    for _ in range(2):
+        ours.truncate(0)
+        ours.forward(list(range(12)))
+        ours.fork(3)
+        runs.append(np.reshape(ours.decode_greedy(10, 3), (3, 10)).tolist())
+        assert ours.length == 22
+    assert runs[0] == runs[1] == [runs[0][0]] * 3
+
+
+def test_without_graphs_the_tokens_are_the_same(tmp_path: Path) -> None:
+    ours = cuda_backend(tmp_path, streams=2)
+    expected = streamed(ours, WORK[:3])
+    ours.graphs = False
+    ours._graphs.clear()
+    assert streamed(ours, WORK[:3]) == expected
+    assert not ours._graphs
+
+
+def test_operations_of_a_step_are_named_and_can_be_timed(tmp_path: Path) -> None:
+    from rcprun.sampling import SamplingOptions
+
+    ours = cuda_backend(tmp_path, "one table")
+    ours.forward([1, 2, 3])
+    operations = list(ours.operations("drawn", 1))
+    names = [operation.name for operation in operations]
+    assert names[0] == "embed" and names[-2:] == ["head", "sample"] and names.count("down") == 2
+    assert sum(operation.weight_bytes for operation in operations) <= 1.05 * ours.memory().weights
+    seconds = ours.timed(operations, 1, SamplingOptions(**DRAWN), turns=3, runs=2)
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert ours.length == 3
+
+
+def test_too_many_streams_are_refused(tmp_path: Path) -> None:
+    from rcprun.errors import BadRequest
+
+    with pytest.raises(BadRequest, match="1 to 8 sequences, found 9"):
+        cuda_backend(tmp_path, streams=9)
+
+
+def test_tools_that_drive_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a token's operations, and what the sanitizer watches: that they run, and what they count."""
+    import cupy
+
+    from rcprun.backends.cuda.backend import CudaBackend
+    from rcprun.bench import weight_bytes
+    from rcprun.sampling import SamplingOptions
+
+    def script(name: str) -> Any:
+        path = Path(__file__).parents[3] / "examples" / "benchmarks" / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    path = tmp_path / "model.rcp"
+    write_random(path, *MODELS["tiny"])
+    monkeypatch.setattr(CudaBackend, "read_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(CudaBackend, "describe", lambda _: "some GPU")
+    monkeypatch.setattr(CudaBackend, "clocks", lambda _: None)
+    monkeypatch.setattr(cupy.cuda, "set_allocator", lambda _: None, raising=False)
+    bench_token = script("bench_token.py")
+    monkeypatch.setattr(bench_token, "LAUNCHES", 2)
+    file = RcpFile.open(path)
+    report = bench_token.measure(file, 9, 2, SamplingOptions(), 1)
+    bench_token.show(report)
+    assert {"qkv", "down", "head", "sample"} <= {row["operation"] for row in report["rows"]}
+    total = sum(row["bytes"] for row in report["rows"])
+    assert total >= 0.9 * weight_bytes(file)
+    script("sanitize.py").decode(path, graphs=False)

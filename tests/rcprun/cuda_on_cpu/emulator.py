@@ -221,11 +221,13 @@ def _cupy(emulator: Emulator) -> dict[str, ModuleType]:
         getDeviceCount=lambda: 1,
         memGetInfo=lambda: (1 << 40, 1 << 40),
         memcpyDeviceToHost=2,
+        memcpyDeviceToDevice=3,
         memcpyAsync=lambda to, start, size, kind, stream: ctypes.memmove(to, start, size),
     )
     cuda = SimpleNamespace(
         Device=lambda: device,
-        Event=lambda disable_timing: event,
+        Event=lambda disable_timing=False: event,
+        get_elapsed_time=lambda start, end: 1.0,
         Stream=Stream,
         alloc_pinned_memory=pinned,
         device=SimpleNamespace(get_cublas_handle=lambda: None),

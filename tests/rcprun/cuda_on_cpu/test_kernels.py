@@ -43,6 +43,8 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     ),
     test_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_backend.test_logits_are_those_of_the_numpy_backend: ({"name": "tiny"},),
+    test_backend.test_tokens_of_a_stream_do_not_depend_on_the_others: ({},),
+    test_backend.test_forked_streams_decode_alike: ({},),
     test_embed.test_rows_are_exact: (
         {"vocabulary": 64, "width": 192, "half": False},
         {"vocabulary": 7, "width": 5, "half": True},

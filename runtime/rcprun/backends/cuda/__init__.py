@@ -35,11 +35,11 @@ def why_unavailable() -> str | None:
     return None
 
 
-def create(file: RcpFile, context: int) -> Backend:
-    """The backend for a file. Raises BackendUnavailable or OutOfMemory."""
+def create(file: RcpFile, context: int, streams: int) -> Backend:
+    """The backend for a file. Raises BackendUnavailable, BadRequest or OutOfMemory."""
     reason = why_unavailable()
     if reason:
         raise BackendUnavailable(f"backend cuda: {reason}")
     from rcprun.backends.cuda.backend import CudaBackend
 
-    return CudaBackend(file, context)
+    return CudaBackend(file, context, streams)
