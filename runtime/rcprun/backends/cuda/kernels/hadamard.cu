@@ -47,6 +47,7 @@ constexpr int WIDTH = COLUMNS / GROUPS;
 constexpr int PARTS = GROUPS * ROW_PARTS;
 constexpr int K_STEPS = (DENSE + 15) / 16;
 constexpr int K_WORDS = (K_STEPS + 3) / 4;
+constexpr bool SIGNS_HELD = K_WORDS * MT <= 12;  // in registers; else they are read when needed
 constexpr int TILES = ((K_STEPS + ROW_PARTS - 1) / ROW_PARTS + MT - 1) / MT * MT;
 constexpr int COLUMN_SPANS = WIDTH / (8 * NT);
 constexpr int THREADS = TILES / MT * COLUMN_SPANS * 32;
@@ -195,14 +196,13 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     const i64 vector = blockIdx.x / PARTS;
     const int tile = part / GROUPS * TILES + warp / COLUMN_SPANS * MT, span = warp % COLUMN_SPANS * 8 * NT;
 
-    // Signs are read two words ahead.
-    u32 word[MT], next[MT], after[MT];
+    u32 held[MT][SIGNS_HELD ? K_WORDS : 1];
     const u32* const tile_bits = bits + tile * K_WORDS * 32 + lane;
+    if constexpr (SIGNS_HELD)
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-        word[i] = tile_bits[i * K_WORDS * 32];
-        next[i] = K_WORDS > 1 ? tile_bits[(i * K_WORDS + 1) * 32] : 0;
-    }
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+            for (int k_word = 0; k_word < K_WORDS; ++k_word) held[i][k_word] = tile_bits[(i * K_WORDS + k_word) * 32];
 #if CODES
     __shared__ Exchange exchange;
     if constexpr (PARTS > 1) exchange_begin(exchange);
@@ -214,14 +214,15 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
 
     float sums[CHAINS][MT][NT][4] = {};
     const u32 own = shared_address(terms + lane % 16 * STRIDE + (NT > 1 ? lane / 16 * 8 : 0) + span);
-#pragma unroll 1
+#pragma unroll SIGNS_HELD ? K_WORDS : 1
     for (int k_word = 0; k_word < K_WORDS; ++k_word) {
+        u32 word[MT];
 #pragma unroll
         for (int i = 0; i < MT; ++i)
-            after[i] = k_word + 2 < K_WORDS ? tile_bits[(i * K_WORDS + k_word + 2) * 32] : 0;
+            word[i] = SIGNS_HELD ? held[i][k_word % (SIGNS_HELD ? K_WORDS : 1)] : tile_bits[(i * K_WORDS + k_word) * 32];
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-            if (4 * k_word + step >= K_STEPS) break;
+            if (4 * k_word + step >= K_STEPS) continue;
             u32 a[MT][4];
 #pragma unroll
             for (int i = 0; i < MT; ++i)
@@ -238,11 +239,6 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
                         mma_bf16(sums[term < CHAINS ? term : CHAINS - 1][i][t], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * t],
                                  b[2 * t + 1]);
             }
-        }
-#pragma unroll
-        for (int i = 0; i < MT; ++i) {
-            word[i] = next[i];
-            next[i] = after[i];
         }
     }
 
