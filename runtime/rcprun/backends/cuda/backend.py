@@ -51,8 +51,8 @@ _OF_A_STRIP = "qkv", "z", "z_rotated"
 _LOGITS_BYTES = 64 << 20
 _HEAD_CLIP = np.float32(1)
 LOGITS, GREEDY, FEW, DRAWN = KINDS = ("logits", "greedy", "few", "drawn")
-"""What a step ends with: logits, the likeliest token of each row, draws from a few tokens, or from all. Each can do what
-those before it can."""
+"""What a step ends with: logits, the likeliest token of each row, draws from a few tokens, or from all. Each can do
+what those before it can."""
 _RING = 4096
 """Generated tokens that the GPU remembers."""
 _OVERLAPS = frozenset({"qkv", "gate_up"})
@@ -470,7 +470,8 @@ class CudaBackend:
         yield product("qkv", layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE)
         places = position_M, slot_M, index, layer.window, attended
         if apart:
-            yield Operation("rope + attention", partial(self._attend.fused, qkv, *places, self._rope, layer.kv_clip, gain))
+            fused = partial(self._attend.fused, qkv, *places, self._rope, layer.kv_clip, gain)
+            yield Operation("rope + attention", fused)
         else:
             rope = partial(self._rope, qkv, position_M, slot_M, self._cache, index, layer.kv_clip, q, gain)
             yield Operation("rope", rope)

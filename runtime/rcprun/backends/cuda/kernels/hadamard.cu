@@ -155,6 +155,18 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
     }
 }
 
+// token_code of common.cuh as the lowest byte, without conversions, which are slow: limits are integers, so they may come
+// first, and beyond 2^23 floats are integers. A token that is zero there is so by itself: its numbers are below 2^-100.
+struct Coder {
+    float inverse, least, largest;
+
+    __device__ __forceinline__ u32 code(float x) const {
+        return __float_as_uint(fminf(fmaxf(__fmul_rn(x, inverse), least), largest) + 12582912.0f);
+    }
+    __device__ __forceinline__ u32 two(const float* x) const { return __byte_perm(code(x[0]), code(x[1]), 0x0040); }
+    __device__ __forceinline__ u32 four(const float* x) const { return __byte_perm(two(x), two(x + 2), 0x5410); }
+};
+
 // The largest of the peaks of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
 // counts the bytes: who has all of them may end.
 struct Exchange {
@@ -264,6 +276,8 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     if constexpr (PARTS > 1) peak = exchange_max(peak, part, exchange);
     const TokenScale token = token_scale(__uint_as_float(peak), clip, code_bits);
     if (part == 0 && threadIdx.x == 0) scale[vector] = token.scale;
+    const int levels = 1 << (code_bits - 1);
+    const Coder coder = {token.inverse, -(float)levels, (float)(levels - 1)};
 #endif
 #pragma unroll
     for (int i = 0; i < MT; ++i)
@@ -272,13 +286,10 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
             const int row = (tile + i) * 16 + h * 8 + lane / 4;
             if (row >= DENSE) continue;
 #if CODES
-            u64 packed = 0;
-#pragma unroll
-            for (int j = 0; j < 2 * NT; ++j) packed |= (u64)(u8)token_code(out[i][h][j], token, code_bits) << (8 * j);
             i8* const to = codes + vector * stride + row * COLUMNS + channel;
-            if constexpr (NT == 1) *(u16*)to = (u16)packed;
-            if constexpr (NT == 2) *(u32*)to = (u32)packed;
-            if constexpr (NT == 4) *(u64*)to = packed;
+            if constexpr (NT == 1) *(u16*)to = (u16)coder.two(out[i][h]);
+            if constexpr (NT == 2) *(u32*)to = coder.four(out[i][h]);
+            if constexpr (NT == 4) *(uint2*)to = {coder.four(out[i][h]), coder.four(out[i][h] + 2 * NT - 4)};
 #else
             float* const to = y + vector * (DENSE * COLUMNS) + row * COLUMNS + channel;
 #pragma unroll
