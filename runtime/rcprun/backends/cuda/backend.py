@@ -461,9 +461,7 @@ class CudaBackend:
         def product(
             name: str, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
         ) -> Operation:
-            launch = partial(
-                self._linear_of_few, weights, x, out, clip, prologue, epilogue, overlap=name in _OVERLAPS
-            )
+            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, overlap=name in _OVERLAPS)
             return Operation(name, launch, weights.nbytes)
 
         clip, gain = layer.act_clip, layer.qk_gain
