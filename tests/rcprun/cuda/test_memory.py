@@ -29,7 +29,7 @@ def test_all_that_is_held_was_planned(tmp_path: Path, streams: int, context: int
     before = pool.used_bytes()
     backend = CudaBackend(file, context, streams)
     for stream in range(streams):
-        backend.begin(stream, list(range(20 if stream else 5)), SamplingOptions(), 0, 4)
+        backend.begin(stream, list(range(5 if stream else 20)), SamplingOptions(), 0, 4)
     for _ in range(4):
         assert backend.advance()
     held = pool.used_bytes() - before

@@ -55,8 +55,9 @@ LOGITS, GREEDY, FEW, DRAWN = KINDS = ("logits", "greedy", "few", "drawn")
 what those before it can."""
 _RING = 4096
 """Generated tokens that the GPU remembers."""
-_OVERLAPS = frozenset({"qkv", "gate_up"})
-"""Linear layers of one token that start while the kernel before them runs."""
+_OVERLAPPING = frozenset({"qkv", "gate_up"})
+"""Linear layers of one token that start while the kernel before them runs, which is a linear layer too. After others it
+costs more than it brings: what they still read waits behind weights."""
 _IDLE_STEPS = 256
 """Steps that the row of an idle stream goes on for before it starts over, so that its attention stays cheap."""
 _IDLE = SamplingOptions(temperature=0.0)
@@ -461,7 +462,7 @@ class CudaBackend:
         def product(
             name: str, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
         ) -> Operation:
-            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, overlap=name in _OVERLAPS)
+            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, name in _OVERLAPPING)
             return Operation(name, launch, weights.nbytes)
 
         clip, gain = layer.act_clip, layer.qk_gain
@@ -487,7 +488,7 @@ class CudaBackend:
             epilogue=linear.ADD,
             a_bits=self._quantization.a_bits,
             x_scale=scale,
-            overlap=count == 1 and "down" in _OVERLAPS,
+            overlap=count > 1,
         )
         yield Operation("down", down, layer.down.nbytes)
 
@@ -499,7 +500,6 @@ class CudaBackend:
         clip: np.float32,
         prologue: int,
         epilogue: int,
-        *,
         overlap: bool,
     ) -> None:
         """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
@@ -522,7 +522,16 @@ class CudaBackend:
             norm.norm_quantize(x, codes, scale, eps=eps, clip=clip, bits=bits)
         else:
             norm.quantize(x, codes, scale, clip=clip, bits=bits)
-        linear.linear(weights, codes, out, prologue=linear.CODES, epilogue=epilogue, a_bits=bits, x_scale=scale)
+        linear.linear(
+            weights,
+            codes,
+            out,
+            prologue=linear.CODES,
+            epilogue=epilogue,
+            a_bits=bits,
+            x_scale=scale,
+            overlap=True,
+        )
 
     def _layer_of_many(self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, start: int) -> None:
         """A layer for many tokens at positions from start on; x_MD in place."""

@@ -39,7 +39,7 @@ def clocks() -> Clocks | None:
         return None
     try:
         gpu = nvml.device_get_handle_by_pci_bus_id_v2(cupy.cuda.Device().pci_bus_id)
-        kinds = nvml.ClockType.SM, nvml.ClockType.MEM
+        kinds = nvml.ClockType.CLOCK_SM, nvml.ClockType.CLOCK_MEM
         sm, memory = (int(nvml.device_get_clock_info(gpu, kind)) for kind in kinds)
     except nvml.NvmlError:
         return None

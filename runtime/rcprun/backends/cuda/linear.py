@@ -104,7 +104,8 @@ def linear(
     """out (m, n) float32 of x: codes int8 (m, padded(k)) with x_scale (m,) for CODES, else float32 (m, k).
 
     NORMALIZE and QUANTIZE take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs interleaved weights.
-    overlap: start while the kernel before still runs, which pays after another linear layer, and costs after others.
+    overlap: start while the kernel before still runs, and fetch the first weights a stage at a time, which that kernel
+    feels less.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
     m = len(x)
