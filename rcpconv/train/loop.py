@@ -78,11 +78,16 @@ class Trainer:
         run: Run,
         console: Console,
         evaluate: Callable[[Decoder], float] | None = None,
+        keep: bool = True,
     ) -> None:
-        """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every."""
+        """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
+
+        keep: leave a checkpoint of the last step and the curve of the loss.
+        """
         assert config.batch_size is not None and config.grad_accum is not None
         self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
         self.config, self.run, self.console, self.evaluate = config, run, console, evaluate
+        self.keep = keep
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
@@ -150,7 +155,8 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    if caught or last or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
+                    kept = last and self.keep
+                    if caught or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
@@ -194,7 +200,7 @@ class Trainer:
 
     def _plot(self) -> None:
         lines = read_metrics(self.run.folder / METRICS)
-        if lines:
+        if lines and self.keep:
             plot_loss(self.run.folder / PLOT, lines, self.run.name)
 
     def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:

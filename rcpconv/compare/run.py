@@ -1,0 +1,201 @@
+"""`rcpconv compare` as a function: the phases of a comparison, and its output after every cell.
+
+First every sweep, then the original and one training of each variant, then more seeds of the best. A cell that is done
+is never done again, so the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rcpconv.checkpoint import load_source
+from rcpconv.compare import choice
+from rcpconv.compare.folder import Folder, Result, opened, shape_of
+from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
+from rcpconv.compare.table import summarise, terminal_tables, write_outputs
+from rcpconv.compare.workers import Alone, Does, SideBySide, side_by_side
+from rcpconv.compare.workshop import Workshop
+from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.generation import PROMPT_TOKENS
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
+from rcpconv.quantize import check_texts, stoppable
+from rcpconv.train.progress import duration
+
+_SHAPE = ("seq_len", "batch_size", "grad_accum")
+_USABLE_MEMORY = 0.92
+
+
+def compare(
+    comparison: Comparison,
+    out: Path,
+    *,
+    device: str = "auto",
+    jobs: int = 1,
+    keep_runs: bool = False,
+    checkpoint_every: int = 0,
+    dry_run: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any] | None:
+    """Do what is left of a comparison in folder `out`; returns its summary (None after a dry run).
+
+    jobs: how many processes train side by side. keep_runs: leave the run folders of the trainings in the table.
+    checkpoint_every: steps, to resume from after a kill; 0 = only when stopped by Ctrl-C or SIGTERM.
+    Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM; what is finished is kept.
+    """
+    console = console or Console()
+    out = out.absolute()
+    began_with = shape_of(out, comparison)
+    machine = look_at_machine(device)
+    source = load_source(comparison.model, revision=comparison.revision)
+    begin_of_generation = PROMPT_TOKENS + comparison.generation_tokens + 1
+    if comparison.generations and begin_of_generation > source.architecture.max_position_embeddings:
+        raise BadOption(
+            f"generation-tokens: {comparison.generation_tokens} do not fit the model's context of "
+            f"{source.architecture.max_position_embeddings} tokens after a prompt of {PROMPT_TOKENS}; ask for fewer"
+        )
+
+    def plan(cell: Cell) -> Plan:
+        config = comparison.config(cell)
+        return make_plan(config, source.architecture, source.tied_embeddings, machine)
+
+    finals = [Cell(kind=FINAL, variant=v.name, rates=comparison.grid[0]) for v in comparison.variants]
+    plans = {cell.variant: plan(cell) for cell in finals}
+    if began_with is None:
+        first = next(iter(plans.values())).config
+        began_with = {name: getattr(first, name) for name in _SHAPE}
+    _show(comparison, plans, machine, out, jobs, console)
+    if dry_run:
+        return None
+    if not force:
+        for each in plans.values():
+            each.require_machine(out)
+        _require_room(max(each.memory_bytes for each in plans.values()), machine, jobs)
+    trained = next((each.config for each in plans.values() if each.steps), None)
+    if trained is not None:
+        check_texts(trained)
+    arguments: dict[str, Any] = {
+        "comparison": comparison,
+        "machine": machine,
+        "shape": began_with,
+        "keep_runs": keep_runs,
+        "checkpoint_every": checkpoint_every,
+    }
+
+    def tell(happened: str) -> None:
+        console.print(f"{happened}. Give the same command again to go on: {out}", highlight=False, soft_wrap=True)
+
+    with opened(out, comparison, began_with) as folder, stoppable(tell):
+        workshop = Workshop(folder=folder, source=source, console=console if console.is_terminal else None, **arguments)
+        workshop.prepare()
+        with _working(jobs, workshop, {"folder": folder, **arguments}) as work:
+            return _phases(comparison, folder, work, machine, console)
+
+
+@contextmanager
+def _working(jobs: int, workshop: Workshop, arguments: dict[str, Any]) -> Iterator[Alone | SideBySide]:
+    if jobs == 1:
+        yield Alone(workshop)
+        return
+    with side_by_side(jobs, _make_workshop, arguments) as work:
+        yield work
+
+
+def _make_workshop(comparison: Comparison, **arguments: Any) -> Does:
+    """A workshop in a process of its own."""
+    source = load_source(comparison.model, revision=comparison.revision)
+    return Workshop(comparison=comparison, source=source, **arguments)
+
+
+def _phases(
+    comparison: Comparison, folder: Folder, work: Alone | SideBySide, machine: Machine, console: Console
+) -> dict[str, Any]:
+    names = [variant.name for variant in comparison.variants]
+    about = {"machine": machine.name, "torch": torch.__version__}
+
+    def finals() -> list[Cell]:
+        return [cell for name in names if (cell := choice.final(comparison, folder, name))]
+
+    def more_seeds() -> list[Cell]:
+        seeds = range(1, comparison.seeds)
+        best = choice.best_variants(comparison, folder)
+        return [cell for name in best for seed in seeds if (cell := choice.final(comparison, folder, name, seed))]
+
+    phases: list[Callable[[], list[Cell]]] = [comparison.sweeps, lambda: [Cell(kind=ORIGINAL)], finals, more_seeds]
+    for phase in phases:
+        cells = phase()
+        left = [cell for cell in cells if folder.result(cell) is None]
+        done = len(cells) - len(left)
+        for cell, result in work.each(left):
+            done += 1
+            console.print(f"{done}/{len(cells)} {_line(cell, result)}", highlight=False, soft_wrap=True)
+            write_outputs(folder, summarise(comparison, folder, about))
+    summary = summarise(comparison, folder, about)
+    write_outputs(folder, summary)
+    for table in terminal_tables(summary):
+        console.print(table)
+    console.print(f"{folder.path}: compare.md, compare.json, compare.png", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _line(cell: Cell, result: Result) -> str:
+    """What a finished cell found, in a line."""
+    if cell.kind == ORIGINAL:
+        figures = [f"perplexity {result['heldout']['perplexity']:.3f}"]
+    elif result["failed"]:
+        figures = [f"failed: {result['failed']}"]
+    else:
+        figures = [f"validation {result['validation']['perplexity']:.3f}"]
+        if cell.kind == FINAL:
+            figures.append(f"held-out {result['heldout']['perplexity']:.3f}")
+        if result["tokens"]:
+            figures.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+    rates = "" if cell.rates is None else f" lr {cell.rates.label}"
+    what = cell.kind if cell.kind == ORIGINAL else f"{cell.variant} {cell.kind}{rates} seed {cell.seed}"
+    return f"{what}: {', '.join(figures)} ({duration(result['seconds'])})"
+
+
+def _require_room(needed: int, machine: Machine, jobs: int) -> None:
+    if jobs * needed > _USABLE_MEMORY * machine.memory_bytes:
+        raise NotEnoughMachine(
+            f"jobs: {jobs} trainings side by side take about {jobs * needed / 1e9:.1f} GB, {machine.name} has "
+            f"{machine.memory_bytes / 1e9:.1f} GB free; give fewer --jobs, or --force"
+        )
+
+
+def _show(
+    comparison: Comparison, plans: dict[str, Plan], machine: Machine, out: Path, jobs: int, console: Console
+) -> None:
+    """What there is to do, before it is begun."""
+    points = len(comparison.grid) if len(comparison.grid) > 1 else 0
+    table = Table("variant", "options", "sweep", "final", title=f"{comparison.model}: {out}", title_justify="left")
+    total = 0.0
+    for variant in comparison.variants:
+        plan = plans[variant.name]
+        options = ", ".join(f"{key} {value}" for key, value in variant.settings.items()) or "as common"
+        if not plan.steps:
+            table.add_row(variant.name, options, "", "not trained")
+            continue
+        tokens = plan.steps * plan.tokens_per_step
+        total += points * comparison.sweep_tokens + tokens
+        table.add_row(
+            variant.name, options, f"{points} × {comparison.sweep_tokens / 1e6:g} M", f"{tokens / 1e6:.3g} M tokens"
+        )
+    console.print(table)
+    trained = [variant for variant in comparison.variants if variant.trained]
+    again = (comparison.seeds - 1) * min(comparison.best, len(trained)) * comparison.tokens
+    rates = ", ".join(point.label for point in comparison.grid)
+    for line in (
+        f"rates     {rates}, the same for every variant; chosen on {comparison.validation_tokens:,} tokens kept back "
+        "from the training text",
+        f"machine   {machine.name}, {jobs} side by side",
+        f"training  {(total + again) / 1e6:,.0f} M tokens in all, of them {again / 1e6:,.0f} M for more seeds",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
