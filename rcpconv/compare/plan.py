@@ -153,10 +153,11 @@ class Comparison:
             raise BadOption(f"lr-grid: expected different rates, found {', '.join(labels) or 'none'}")
         if len({len(rates.settings) for rates in self.grid}) > 1:
             raise BadOption(f"lr-grid: expected points of one form, found {', '.join(labels)}; write all of them out")
-        if self.text in self.data:
-            raise BadOption(f"text: {self.text} is trained on; give another text that is held out")
-        if self.text not in (DEMO, DEFAULT_CORPUS) and not Path(self.text).is_file():
-            raise BadOption(f"text: {self.text}: expected a text file, {DEMO} or {DEFAULT_CORPUS}; found none")
+        if self.text not in (DEMO, DEFAULT_CORPUS):
+            if self.text in self.data:
+                raise BadOption(f"text: {self.text} is trained on; give another text that is held out")
+            if not Path(self.text).is_file():
+                raise BadOption(f"text: {self.text}: expected a text file, {DEMO} or {DEFAULT_CORPUS}; found none")
         for variant in self.variants:
             self.config(Cell(kind=FINAL, variant=variant.name, rates=self.grid[0]))
 

@@ -19,17 +19,21 @@ from rcpconv.checkpoint import load_source
 from rcpconv.compare import choice
 from rcpconv.compare.folder import Folder, Result, opened, shape_of
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
-from rcpconv.compare.table import summarise, terminal_tables, write_outputs
+from rcpconv.compare.table import summarise, terminal_tables, write_plot, write_tables
 from rcpconv.compare.workers import Alone, Does, SideBySide, side_by_side
-from rcpconv.compare.workshop import Workshop
+from rcpconv.compare.workshop import Workshop, plan_cell
+from rcpconv.config import DEFAULT_CORPUS
 from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.generation import PROMPT_TOKENS
-from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
+from rcpconv.heldout import fetch_wikitext2
+from rcpconv.plan import Machine, Plan, look_at_machine
 from rcpconv.quantize import check_texts, stoppable
 from rcpconv.train.progress import duration
 
 _SHAPE = ("seq_len", "batch_size", "grad_accum")
 _USABLE_MEMORY = 0.92
+_WIDTH = 120
+"""Of tables in a file or pipe."""
 
 
 def compare(
@@ -52,7 +56,7 @@ def compare(
     """
     console = console or Console()
     out = out.absolute()
-    began_with = shape_of(out, comparison)
+    shape = shape_of(out, comparison)
     machine = look_at_machine(device)
     source = load_source(comparison.model, revision=comparison.revision)
     begin_of_generation = PROMPT_TOKENS + comparison.generation_tokens + 1
@@ -62,16 +66,12 @@ def compare(
             f"{source.architecture.max_position_embeddings} tokens after a prompt of {PROMPT_TOKENS}; ask for fewer"
         )
 
-    def plan(cell: Cell) -> Plan:
-        config = comparison.config(cell)
-        return make_plan(config, source.architecture, source.tied_embeddings, machine)
-
     finals = [Cell(kind=FINAL, variant=v.name, rates=comparison.grid[0]) for v in comparison.variants]
-    plans = {cell.variant: plan(cell) for cell in finals}
-    if began_with is None:
-        first = next(iter(plans.values())).config
-        began_with = {name: getattr(first, name) for name in _SHAPE}
-    _show(comparison, plans, machine, out, jobs, console)
+    if shape is None:
+        first = plan_cell(comparison, finals[0], source, machine, {}).config
+        shape = {name: getattr(first, name) for name in _SHAPE}
+    plans = {cell.variant: plan_cell(comparison, cell, source, machine, shape) for cell in finals}
+    _show(comparison, plans, shape, machine, out, jobs, console)
     if dry_run:
         return None
     if not force:
@@ -81,10 +81,12 @@ def compare(
     trained = next((each.config for each in plans.values() if each.steps), None)
     if trained is not None:
         check_texts(trained)
+    if comparison.text == DEFAULT_CORPUS:
+        fetch_wikitext2()  # not read yet, but there
     arguments: dict[str, Any] = {
         "comparison": comparison,
         "machine": machine,
-        "shape": began_with,
+        "shape": shape,
         "keep_runs": keep_runs,
         "checkpoint_every": checkpoint_every,
     }
@@ -92,7 +94,7 @@ def compare(
     def tell(happened: str) -> None:
         console.print(f"{happened}. Give the same command again to go on: {out}", highlight=False, soft_wrap=True)
 
-    with opened(out, comparison, began_with) as folder, stoppable(tell):
+    with opened(out, comparison, shape) as folder, stoppable(tell):
         workshop = Workshop(folder=folder, source=source, console=console if console.is_terminal else None, **arguments)
         workshop.prepare()
         with _working(jobs, workshop, {"folder": folder, **arguments}) as work:
@@ -136,11 +138,12 @@ def _phases(
         for cell, result in work.each(left):
             done += 1
             console.print(f"{done}/{len(cells)} {_line(cell, result)}", highlight=False, soft_wrap=True)
-            write_outputs(folder, summarise(comparison, folder, about))
-    summary = summarise(comparison, folder, about)
-    write_outputs(folder, summary)
+            write_tables(folder, summarise(comparison, folder, about))
+        summary = summarise(comparison, folder, about)
+        write_tables(folder, summary)
+        write_plot(folder, summary)  # takes a second, so not after every cell
     for table in terminal_tables(summary):
-        console.print(table)
+        console.print(table, width=None if console.is_terminal else _WIDTH, crop=False)
     console.print(f"{folder.path}: compare.md, compare.json, compare.png", highlight=False, soft_wrap=True)
     return summary
 
@@ -171,11 +174,19 @@ def _require_room(needed: int, machine: Machine, jobs: int) -> None:
 
 
 def _show(
-    comparison: Comparison, plans: dict[str, Plan], machine: Machine, out: Path, jobs: int, console: Console
+    comparison: Comparison,
+    plans: dict[str, Plan],
+    shape: dict[str, int],
+    machine: Machine,
+    out: Path,
+    jobs: int,
+    console: Console,
 ) -> None:
     """What there is to do, before it is begun."""
     points = len(comparison.grid) if len(comparison.grid) > 1 else 0
-    table = Table("variant", "options", "sweep", "final", title=f"{comparison.model}: {out}", title_justify="left")
+    table = Table(
+        "variant", "options", "sweep", "final", title=f"{comparison.model}: {out}", title_justify="left", box=None
+    )
     total = 0.0
     for variant in comparison.variants:
         plan = plans[variant.name]
@@ -196,6 +207,7 @@ def _show(
         f"rates     {rates}, the same for every variant; chosen on {comparison.validation_tokens:,} tokens kept back "
         "from the training text",
         f"machine   {machine.name}, {jobs} side by side",
-        f"training  {(total + again) / 1e6:,.0f} M tokens in all, of them {again / 1e6:,.0f} M for more seeds",
+        f"training  {(total + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more seeds; "
+        f"steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -77,10 +77,8 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": deviation, "values": list(values)}
 
 
-def _figure(found: Mapping[str, Any], digits: int, percent: bool = False) -> str:
-    factor, sign = (100, "%") if percent else (1, "")
-    text = f"{factor * found['mean']:.{digits}f}"
-    return text + (f" ± {factor * found['sd']:.{digits}f}" if found["sd"] is not None else "") + sign
+def _with_deviation(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:.3f}" + ("" if found["sd"] is None else f" ± {found['sd']:.3f}")
 
 
 def rows(summary: Mapping[str, Any]) -> Rows:
@@ -102,9 +100,9 @@ def rows(summary: Mapping[str, Any]) -> Rows:
                 name,
                 rates if row["trained"] else "not trained",
                 str(len(row["seeds"])) if row["trained"] else "",
-                _figure(row["perplexity"], 3),
-                _figure(row["kl"], 4),
-                _figure(row["top1"], 2, percent=True),
+                _with_deviation(row["perplexity"]),
+                f"{row['kl']['mean']:.4f}",
+                f"{row['top1']['mean']:.2%}",
                 f"{row['bytes']:,}",
                 f"{row['bits_per_weight']:.3f}",
                 speed,
@@ -154,7 +152,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     )
     found = [
         f"Perplexity, KL (nats a token, from the original) and top-1 (same likeliest token as the original): on {on}"
-        f"{c['text']}, windows of {c['window']}. Mean ± standard deviation over seeds.",
+        f"{c['text']}, windows of {c['window']}. Means over seeds, ± standard deviation.",
         f"Trained on {c['tokens']:,} tokens of {', '.join(c['data'])}. {swept}",
         "Bytes: of the file, without provenance; bits: a weight of the 2-bit layers, levels and scales included.",
     ]
@@ -181,9 +179,9 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Ro
 def terminal_tables(summary: Mapping[str, Any]) -> Iterator[Table]:
     """The tables, for a terminal."""
     for title, headings, cells in _tables(summary):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left")
+            table.add_column(heading, justify="right" if i else "left", no_wrap=True)
         for row in cells:
             table.add_row(*row)
         yield table
@@ -202,10 +200,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_outputs(folder: Folder, summary: Mapping[str, Any]) -> None:
-    """Markdown, JSON and the plot, each written whole or not at all."""
+def write_tables(folder: Folder, summary: Mapping[str, Any]) -> None:
+    """Markdown and JSON, each written whole or not at all."""
     write_json(folder.file(JSON), summary)
     write_text(folder.file(MARKDOWN), markdown(summary))
+
+
+def write_plot(folder: Folder, summary: Mapping[str, Any]) -> None:
+    """The plot, where there is a curve; written whole or not at all."""
     curves = {row["variant"]: row["curve"] for row in summary["rows"] if row.get("curve")}
     if curves:
         original = summary["original"]["validation"]["perplexity"]

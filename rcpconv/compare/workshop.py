@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,15 @@ _ROOM = 2
 """The validation part ends where a document does, and is at most so many times as long as asked."""
 
 
+def plan_cell(
+    comparison: Comparison, cell: Cell, source: SourceModel, machine: Machine, shape: Mapping[str, int]
+) -> Plan:
+    """A cell's training. shape: seq_len, batch_size and grad_accum of variants without their own."""
+    config = comparison.config(cell)
+    config = config.changed(**{name: value for name, value in shape.items() if getattr(config, name) is None})
+    return make_plan(config, source.architecture, source.tied_embeddings, machine)
+
+
 class Workshop:
     """One process's share of a comparison."""
 
@@ -59,12 +68,12 @@ class Workshop:
         source: SourceModel,
         machine: Machine,
         *,
-        shape: dict[str, int],
+        shape: Mapping[str, int],
         keep_runs: bool = False,
         checkpoint_every: int = 0,
         console: Console | None = None,
     ) -> None:
-        """shape: seq_len, batch_size and grad_accum of variants without their own. console: shows live progress."""
+        """shape: see plan_cell. console: shows live progress."""
         self.comparison, self.folder, self.source, self.machine = comparison, folder, source, machine
         self.shape, self.keep_runs, self.checkpoint_every = shape, keep_runs, checkpoint_every
         self.console = console or Console(quiet=True)
@@ -77,17 +86,12 @@ class Workshop:
 
     def plan(self, cell: Cell) -> Plan:
         """A cell's training, decided down to the last setting."""
-        config = self.comparison.config(cell)
-        config = config.changed(
-            checkpoint_every=self.checkpoint_every,
-            **{name: value for name, value in self.shape.items() if getattr(config, name) is None},
-        )
-        plan = make_plan(config, self.source.architecture, self.source.tied_embeddings, self.machine)
-        if not plan.steps:
-            return plan
-        points = max(1, round(plan.steps / self.comparison.curve_points)) if cell.kind == FINAL else None
-        text = None if points is None else str(self.folder.file(VALIDATION))
-        return dataclasses.replace(plan, config=plan.config.changed(eval_data=text, eval_every=points))
+        plan = plan_cell(self.comparison, cell, self.source, self.machine, self.shape)
+        config = plan.config.changed(checkpoint_every=self.checkpoint_every)
+        if plan.steps and cell.kind == FINAL:
+            every = max(1, round(plan.steps / self.comparison.curve_points))
+            config = config.changed(eval_data=str(self.folder.file(VALIDATION)), eval_every=every)
+        return dataclasses.replace(plan, config=config)
 
     def teacher(self, half: bool) -> Decoder:
         """The original model, as a teacher in training."""
