@@ -77,12 +77,19 @@ def shape_of(path: Path, comparison: Comparison) -> dict[str, int] | None:
     plan = _read(path / PLAN)
     if not {_ASKED, _SHAPE} <= plan.keys():
         raise BadRun(f"{path / PLAN}: not a plan of this version; choose another --out")
+    if not _begun(path):
+        return None
     if found := differences(plan[_ASKED], comparison.to_json()):
         raise BadRun(
             f"{path}: holds another comparison: {'; '.join(found)}. Choose another --out, repeat the command that "
             "began it, or give a changed variant another name"
         )
     return dict(plan[_SHAPE])
+
+
+def _begun(path: Path) -> bool:
+    """Whether there is a result, or a training that could go on."""
+    return any((path / _RESULTS).glob("*.json")) or any((path / _RUNS).glob("*"))
 
 
 @contextmanager
@@ -94,6 +101,9 @@ def opened(path: Path, comparison: Comparison, shape: Mapping[str, int]) -> Iter
         for folder in (path, path / _RESULTS, path / _RUNS):
             folder.mkdir(parents=True, exist_ok=True)
     with held(path, path):
+        if not _begun(path):  # what a comparison left that found no beginning is of no use to this one
+            for name in (PLAN, TOKENS, VALIDATION):
+                (path / name).unlink(missing_ok=True)
         before = _read(path / PLAN)[_ASKED]["variants"] if (path / PLAN).exists() else {}
         asked = comparison.to_json()
         asked["variants"] = before | asked["variants"]  # results of all that ever were compared here stay

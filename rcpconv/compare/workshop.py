@@ -114,15 +114,16 @@ class Workshop:
         config = self.plan(Cell(kind=FINAL, variant=first.name, rates=c.grid[0])).config.changed(data=c.data)
         assert config.seq_len is not None
         wanted = max(c.tokens, c.sweep_tokens)
+        limit = _ROOM * c.validation_tokens + wanted + config.seq_len
         token_N = cached(
             self.folder.file(TOKENS),
             lambda: training_rows(
                 config, self.source, wanted, lambda: self.teacher(config.precision == "bf16"), self.console
             ),
             self.source.architecture.vocab_size,
-            _ROOM * c.validation_tokens + wanted + config.seq_len,
+            limit,
         )
-        if len(token_N) < 2 * _ROOM * c.validation_tokens:
+        if len(token_N) < limit and len(token_N) < 2 * _ROOM * c.validation_tokens:
             raise BadTrainingData(
                 f"validation-tokens: {c.validation_tokens}, but the training texts hold {len(token_N)} tokens; keep "
                 f"back at most {len(token_N) // (2 * _ROOM)}, or give more text"
