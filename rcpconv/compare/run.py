@@ -142,8 +142,9 @@ def _phases(
         summary = summarise(comparison, folder, about)
         write_tables(folder, summary)
         write_plot(folder, summary)  # takes a second, so not after every cell
+    wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)
     for table in terminal_tables(summary):
-        console.print(table, width=None if console.is_terminal else _WIDTH, crop=False)
+        wide.print(table)
     console.print(f"{folder.path}: compare.md, compare.json, compare.png", highlight=False, soft_wrap=True)
     return summary
 
@@ -184,30 +185,28 @@ def _show(
 ) -> None:
     """What there is to do, before it is begun."""
     points = len(comparison.grid) if len(comparison.grid) > 1 else 0
-    table = Table(
-        "variant", "options", "sweep", "final", title=f"{comparison.model}: {out}", title_justify="left", box=None
-    )
-    total = 0.0
+    table = Table("variant", "options", "sweep", "final", box=None, pad_edge=False, header_style="bold")
+    trained = [plan for plan in plans.values() if plan.steps]
     for variant in comparison.variants:
-        plan = plans[variant.name]
         options = ", ".join(f"{key} {value}" for key, value in variant.settings.items()) or "as common"
-        if not plan.steps:
-            table.add_row(variant.name, options, "", "not trained")
-            continue
-        tokens = plan.steps * plan.tokens_per_step
-        total += points * comparison.sweep_tokens + tokens
-        table.add_row(
-            variant.name, options, f"{points} × {comparison.sweep_tokens / 1e6:g} M", f"{tokens / 1e6:.3g} M tokens"
-        )
+        if plans[variant.name].steps:
+            amounts = [f"{points} × {comparison.sweep_tokens / 1e6:g} M", f"{comparison.tokens / 1e6:g} M tokens"]
+        else:
+            amounts = ["", "not trained"]
+        table.add_row(variant.name, options, *amounts)
     console.print(table)
-    trained = [variant for variant in comparison.variants if variant.trained]
+    once = comparison.tokens + points * comparison.sweep_tokens
     again = (comparison.seeds - 1) * min(comparison.best, len(trained)) * comparison.tokens
+    seconds = sum(plan.seconds for plan in trained) * once / comparison.tokens
+    seconds += max((plan.seconds for plan in trained), default=0.0) * again / comparison.tokens
     rates = ", ".join(point.label for point in comparison.grid)
     for line in (
         f"rates     {rates}, the same for every variant; chosen on {comparison.validation_tokens:,} tokens kept back "
         "from the training text",
         f"machine   {machine.name}, {jobs} side by side",
-        f"training  {(total + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more seeds; "
-        f"steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens",
+        f"training  {(len(trained) * once + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
+        f"seeds; steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens; about "
+        f"{duration(seconds)} one after another, without compilation and evaluation",
+        f"folder    {out}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -137,6 +138,11 @@ def generation_rows(summary: Mapping[str, Any]) -> Rows:
     return found
 
 
+def shown(name: str) -> str:
+    """A model or text without the folders that it lies in."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What one has to know to read the tables."""
     c = summary["comparison"]
@@ -152,8 +158,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     )
     found = [
         f"Perplexity, KL (nats a token, from the original) and top-1 (same likeliest token as the original): on {on}"
-        f"{c['text']}, windows of {c['window']}. Means over seeds, ± standard deviation.",
-        f"Trained on {c['tokens']:,} tokens of {', '.join(c['data'])}. {swept}",
+        f"{shown(c['text'])}, windows of {c['window']}. Means over seeds, ± standard deviation.",
+        f"Trained on {c['tokens']:,} tokens of {', '.join(map(shown, c['data']))}. {swept}",
         "Bytes: of the file, without provenance; bits: a weight of the 2-bit layers, levels and scales included.",
     ]
     if any(row.get("training_only") for row in summary["rows"]):
@@ -167,7 +173,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Rows]]:
     """(title, headings, rows) of every table with something in it."""
     c = summary["comparison"]
-    yield f"{c['model']}, {c['tokens'] / 1e6:g} M tokens", HEADINGS, rows(summary)
+    yield f"{shown(c['model'])}, {c['tokens'] / 1e6:g} M tokens", HEADINGS, rows(summary)
     if swept := sweep_rows(summary):
         title = f"Validation perplexity after {c['sweep_tokens'] / 1e6:g} M tokens, by rates"
         yield title, ("variant", *c["grid"]), swept
@@ -181,7 +187,7 @@ def terminal_tables(summary: Mapping[str, Any]) -> Iterator[Table]:
     for title, headings, cells in _tables(summary):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+            table.add_column(heading, justify="right" if i else "left")
         for row in cells:
             table.add_row(*row)
         yield table

@@ -26,7 +26,7 @@ from rcpconv.checkpoint import SourceModel
 from rcpconv.compare.folder import TOKENS, VALIDATION, Folder, Result
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.score import score
-from rcpconv.errors import BadTrainingData, TrainingDiverged
+from rcpconv.errors import BadCompiler, BadTrainingData, NotEnoughMachine, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize
 from rcpconv.generation import GenerationResult, Task, measured
 from rcpconv.inspection import model_size
@@ -177,9 +177,18 @@ class Workshop:
     # Cells.
 
     def do(self, cell: Cell) -> Result:
-        """Train and measure a cell, from where it was left, and save the result. Raises Interrupted."""
+        """Train and measure a cell, from where it was left, and save the result.
+
+        Raises Interrupted, NotEnoughMachine, and BadTrainingData or EvaluationFailed for a text.
+        """
         began = time.perf_counter()
-        result = self._original() if cell.kind == ORIGINAL else self._variant(cell)
+        try:
+            result = self._original() if cell.kind == ORIGINAL else self._variant(cell)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMachine(
+                f"{cell.name}: memory of {self.machine.name} ran out; give the same command with fewer --jobs, or "
+                "begin another comparison with a smaller batch (--set batch-size=N)"
+            ) from error
         result = {"cell": cell.name, **dataclasses.asdict(cell), **result}
         result["seconds"] = round(time.perf_counter() - began, 2)
         self.folder.save(cell, result)
@@ -230,10 +239,12 @@ class Workshop:
                     evaluate=lambda decoder: score(decoder, self.validation).perplexity,
                     keep=False,
                 ).train()
-            except TrainingDiverged as error:
+            except (TrainingDiverged, BadCompiler) as error:
                 run.delete()
                 return result | {"failed": str(error)}
             result |= _progress(run) | self._measured(cell, plan, student, run)
+            if cell.kind == FINAL and not result["failed"] and result["curve"][-1][0] < result["tokens"]:
+                result["curve"].append([result["tokens"], result["validation"]["perplexity"]])
             if not (self.keep_runs and cell.kind == FINAL):
                 run.delete()
         return result
@@ -292,7 +303,7 @@ def _progress(run: Run) -> Result:
     return {
         "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first steps wait for the compiler
         "curve": [[line["tokens"], line["perplexity"]] for line in lines if "perplexity" in line],
-        "kl": lines[-1]["kl"],
+        "training_kl": lines[-1]["kl"],
     }
 
 
