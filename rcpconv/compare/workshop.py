@@ -37,6 +37,7 @@ from rcpconv.prepare import original_decoder
 from rcpconv.quantize import evaluation_text, keep_result, new_run, training_rows, untrained_student
 from rcpconv.runs import FINISHED, METRICS, RUNNING, Run, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
+from rcpconv.train import checkpoints
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.tokens import Sequences, cached
@@ -286,14 +287,31 @@ class Workshop:
         tensors = None
         if run is not None and self.keep_runs:
             tensors = keep_result(run, student, self.source)
-            run.update(status=FINISHED, finished=now())
+            run.update(status=FINISHED, finished=now(), evaluation=self._evaluation(plan, validation.perplexity))
+            checkpoints.delete_all(run)
         if self.comparison.generations and not cell.seed:
             tensors = tensors or bake(student)
             baked = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__).to(self.device)
-            greedy = (self.folder.result(Cell(kind=ORIGINAL)) or {})["greedy"]
-            share = self.task.agreement(baked, greedy)
+            share = self.task.agreement(baked, self._of_original["greedy"])
             found["generations"] = _as_json(measured(cell.variant, self.task.write(baked), share))
         return found
+
+    @property
+    def _of_original(self) -> Result:
+        """The original's measurements, which come before all final ones."""
+        result = self.folder.result(Cell(kind=ORIGINAL))
+        assert result is not None
+        return result
+
+    def _evaluation(self, plan: Plan, perplexity: float) -> Result:
+        """As run.json of a finished run has it: on the run's own evaluation text, the validation part."""
+        original = self._of_original["validation"]
+        return {
+            "text": plan.config.eval_data,
+            "window": self.window,
+            "tokens": original["tokens"],
+            "perplexity": {"original": original["perplexity"], "fake-quant": perplexity},
+        }
 
 
 def _progress(run: Run) -> Result:

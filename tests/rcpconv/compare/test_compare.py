@@ -167,6 +167,7 @@ def test_figures_are_those_of_a_kept_run(finished: Path, place: Path, tmp_path: 
     assert result["heldout"]["tokens"] == 310
     assert abs(result["bytes"] - export(run, tmp_path / "model.rcp").nbytes) < 2000, "provenance is not counted"
     assert tomllib.loads(run.recipe)["lr"] == result["rates"]["lr"]
+    assert run.evaluation["perplexity"]["fake-quant"] == result["validation"]["perplexity"]
 
 
 def test_score_of_the_original_is_perplexity_and_no_difference(place: Path) -> None:
