@@ -190,7 +190,8 @@ def _show(
     for variant in comparison.variants:
         options = ", ".join(f"{key} {value}" for key, value in variant.settings.items()) or "as common"
         if plans[variant.name].steps:
-            amounts = [f"{points} × {comparison.sweep_tokens / 1e6:g} M", f"{comparison.tokens / 1e6:g} M tokens"]
+            sweep = f"{points} × {comparison.sweep_tokens / 1e6:g} M" if points else "none"
+            amounts = [sweep, f"{comparison.tokens / 1e6:g} M tokens"]
         else:
             amounts = ["", "not trained"]
         table.add_row(variant.name, options, *amounts)
@@ -200,9 +201,9 @@ def _show(
     seconds = sum(plan.seconds for plan in trained) * once / comparison.tokens
     seconds += max((plan.seconds for plan in trained), default=0.0) * again / comparison.tokens
     rates = ", ".join(point.label for point in comparison.grid)
+    chosen = f"; chosen on {comparison.validation_tokens:,} tokens kept back from the training text" if points else ""
     for line in (
-        f"rates     {rates}, the same for every variant; chosen on {comparison.validation_tokens:,} tokens kept back "
-        "from the training text",
+        f"rates     {rates}, the same for every variant{chosen}",
         f"machine   {machine.name}, {jobs} side by side",
         f"training  {(len(trained) * once + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
         f"seeds; steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens; about "

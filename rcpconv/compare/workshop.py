@@ -114,7 +114,7 @@ class Workshop:
         first = next(variant for variant in c.variants)
         config = self.plan(Cell(kind=FINAL, variant=first.name, rates=c.grid[0])).config.changed(data=c.data)
         assert config.seq_len is not None
-        wanted = max(c.tokens, c.sweep_tokens)
+        wanted = max(c.tokens, c.sweep_tokens if c.sweeps() else 0)
         limit = _ROOM * c.validation_tokens + wanted + config.seq_len
         token_N = cached(
             self.folder.file(TOKENS),
