@@ -380,30 +380,32 @@ def _sequences(
     """The training texts as tokens, from the run's cache or into it."""
     c = plan.config
     assert c.seq_len is not None
-    wanted = plan.steps * plan.tokens_per_step
+    seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
+
+    def rows() -> Iterator[list[int]]:
+        return sampled_rows(c, source, wanted, teacher(), console) if SELF in c.data else written_rows(c, source)
+
     token_N: NDArray[np.generic] = cached(
-        run.folder / "tokens" / "train.npy",
-        lambda: training_rows(c, source, wanted, teacher, console),
-        plan.architecture.vocab_size,
-        wanted + c.seq_len,
+        run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
     )
-    return Sequences(token_N, c.seq_len, c.seed)
+    return Sequences(token_N, seq_len, c.seed)
 
 
-def training_rows(
-    config: QuantizeConfig, source: SourceModel, wanted: int, teacher: Callable[[], Decoder], console: Console
-) -> Iterator[list[int]]:
-    """The training texts as rows of tokens. wanted: how many are trained on, for texts sampled from the teacher."""
-    c = config
-    if SELF in c.data:
-        assert c.seq_len is not None
-        sampled = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
-        yield from _sampled(teacher(), source, sampled, c.seq_len, c.seed, console)
-        return
+def written_rows(config: QuantizeConfig, source: SourceModel) -> Iterator[list[int]]:
+    """Rows of tokens of the training texts that somebody wrote."""
     info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
     with ChatRenderer(source.name, tokenizer, info) as render:
-        streams = [stream for name in c.data for stream in read_source(name, render)]
+        streams = [stream for name in config.data if name != SELF for stream in read_source(name, render)]
         yield from tokenize_pieces(interleave(streams), tokenizer, info)
+
+
+def sampled_rows(
+    config: QuantizeConfig, source: SourceModel, wanted: int, teacher: Decoder, console: Console
+) -> Iterator[list[int]]:
+    """Rows of tokens sampled from the teacher, for a training on `wanted` of them."""
+    assert config.seq_len is not None
+    tokens = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
+    yield from _sampled(teacher, source, tokens, config.seq_len, config.seed, console)
 
 
 def _sampled(

@@ -26,6 +26,7 @@ from rcpconv.checkpoint import SourceModel
 from rcpconv.compare.folder import TOKENS, VALIDATION, Folder, Result
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.score import score
+from rcpconv.config import SELF
 from rcpconv.errors import BadCompiler, BadTrainingData, NotEnoughMachine, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize
 from rcpconv.generation import GenerationResult, Task, measured
@@ -34,7 +35,7 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, make_plan
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import evaluation_text, keep_result, new_run, training_rows, untrained_student
+from rcpconv.quantize import evaluation_text, keep_result, new_run, sampled_rows, untrained_student, written_rows
 from rcpconv.runs import FINISHED, METRICS, RUNNING, Run, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
@@ -111,19 +112,17 @@ class Workshop:
     def _parts(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The validation part of the training texts' tokens, and the rest."""
         c, info = self.comparison, self.source.tokenizer.info
-        first = next(variant for variant in c.variants)
-        config = self.plan(Cell(kind=FINAL, variant=first.name, rates=c.grid[0])).config.changed(data=c.data)
+        config = self.plan(Cell(kind=FINAL, variant=c.variants[0].name, rates=c.grid[0])).config.changed(data=c.data)
         assert config.seq_len is not None
         wanted = max(c.tokens, c.sweep_tokens if c.sweeps() else 0)
         limit = _ROOM * c.validation_tokens + wanted + config.seq_len
-        token_N = cached(
-            self.folder.file(TOKENS),
-            lambda: training_rows(
-                config, self.source, wanted, lambda: self.teacher(config.precision == "bf16"), self.console
-            ),
-            self.source.architecture.vocab_size,
-            limit,
-        )
+
+        def rows() -> Iterator[list[int]]:
+            if SELF not in c.data:
+                return written_rows(config, self.source)
+            return sampled_rows(config, self.source, wanted, self.teacher(config.precision == "bf16"), self.console)
+
+        token_N = cached(self.folder.file(TOKENS), rows, self.source.architecture.vocab_size, limit)
         if len(token_N) < limit and len(token_N) < 2 * _ROOM * c.validation_tokens:
             raise BadTrainingData(
                 f"validation-tokens: {c.validation_tokens}, but the training texts hold {len(token_N)} tokens; keep "
