@@ -42,6 +42,7 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Plan, look_at_machine, make_plan
 from rcpconv.prepare import Rotations, original_decoder, prepare, student_decoder
+from rcpconv.quantizers import Learning
 from rcpconv.runs import (
     BAKED,
     FAILED,
@@ -228,9 +229,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     with _stoppable(run, console):
         try:
             student = (
-                _trained_student(run, plan, source, windows, console)
-                if plan.steps
-                else _untrained_student(plan, source)
+                _trained_student(run, plan, source, windows, console) if plan.steps else untrained_student(plan, source)
             )
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
             run.update(status=FAILED, reason=str(error))
@@ -279,12 +278,14 @@ def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
     )
 
 
-def _untrained_student(plan: Plan, source: SourceModel) -> Decoder:
+def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
+    """The model that a plan trains, as it starts."""
     c = plan.config
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
-    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device)
+    learning = Learning(reach=c.weight_reach, fixed_range=c.weight_range == "fixed")
+    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device, learning=learning)
 
 
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
@@ -297,7 +298,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
 
     sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
-    student = _untrained_student(plan, source)
+    student = untrained_student(plan, source)
     trainer = Trainer(
         student=student,
         teacher=teacher(),

@@ -18,6 +18,16 @@ SMALLEST_SPAN = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a weight quantizer does in training beside what its method says. A file knows nothing of it."""
+
+    reach: float = 0.0
+    """ldp and r2q: how far beyond the outer levels, in steps to their neighbours, a weight still has a gradient."""
+    fixed_range: bool = False
+    """ldp, ldp-udq and lc: clips refer to the extremes that a group had at the start, not to those it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightCodes:
     """A baked linear weight: W[n, k] = scale[n] * levels[n, k // group, codes[n, k]]."""
 
@@ -47,6 +57,8 @@ class WeightQuantizer(nn.Module):
     A method says where the four levels of each group are (`levels`), which of them a weight takes (`codes`), and how
     gradients pass that choice (`select`).
     """
+
+    learning = Learning()
 
     def __init__(self, rows: int, columns: int, group_size: int) -> None:
         super().__init__()

@@ -147,6 +147,40 @@ def test_every_method_lowers_the_divergence(checkpoint: Path, text: Path, tmp_pa
     assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
 
 
+TRAINED_OTHERWISE = {
+    "reach": {"weight_reach": 0.5, "weight_range": "fixed"},
+    "rates": {"lr_scale": "relative", "table_lr": 1e-4, "schedule": "linear", "lr_floor": 0.0},
+    "muon": {"optimizer": "muon"},
+    "mean": {"ema": 0.9},
+    "streams": {"hidden_loss": 1.0},
+}
+
+
+@pytest.mark.parametrize("settings", TRAINED_OTHERWISE.values(), ids=TRAINED_OTHERWISE)
+def test_every_way_to_train_lowers_the_divergence_and_stays_exact(
+    checkpoint: Path, text: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = train(checkpoint, text, tmp_path / "run", **settings)
+    lines = metrics(run.folder)
+    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    assert export(run, tmp_path / "model.rcp").nbytes > 0  # compares the file's weights with the trained ones
+
+
+def test_a_mean_and_two_optimizers_are_resumed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"ema": 0.9, "optimizer": "muon", "eval_data": str(text), "max_eval_tokens": 500, "eval_every": 5}
+    whole = train(checkpoint, text, tmp_path / "whole", **settings)
+
+    def begin() -> int:
+        train(checkpoint, text, tmp_path / "killed", **settings)
+        return 0
+
+    child = in_child(begin, tmp_path / "log")
+    wait_for_line(tmp_path / "killed", 6, child)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert_same_result(resume(tmp_path / "killed"), whole)
+
+
 def test_round_to_nearest_needs_no_texts_and_no_training(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     settings = {"method": "rtn", "data": ("not there",), "eval_data": str(text), "device": "cpu"}
     run = quantize(str(checkpoint), settings, out=tmp_path / "run", console=Console(quiet=True))
