@@ -29,6 +29,9 @@ SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 RANGES = ("moving", "fixed")
 LR_SCALES = ("absolute", "relative")
+STARTS = ("weights", "data", "feedback")
+HELD = ("ldp", "lc", "seq", "r2q")
+"""Methods whose levels error feedback can hold."""
 PRECISIONS = ("auto", "bf16", "fp32")
 AUTO = "auto"
 """Stands for a value that is decided from model and machine when a run begins."""
@@ -263,6 +266,13 @@ class QuantizeConfig:
         group=TRAINING,
         help="Decay of a running mean of all parameters, which is what is kept in the end; 0: the last ones are.",
     )
+    start: str = _option(
+        "weights",
+        choices=STARTS,
+        group=TRAINING,
+        help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
+        "with error feedback besides (feedback: ldp, lc, seq, r2q).",
+    )
     weight_reach: float = _option(
         0.0,
         type=float,
@@ -364,6 +374,10 @@ class QuantizeConfig:
             )
         if self.eval_every is not None and self.eval_data is None:
             raise BadOption(f"eval_every: {self.eval_every}, but there is no eval_data to measure on")
+        if self.start == "feedback" and self.method not in HELD:
+            raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
+        if self.start != "weights" and self.steps == 0:
+            raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
         if SELF in self.data and self.data != (SELF,):
             raise BadOption(f"data: expected {SELF!r} alone, found it with other texts")
 

@@ -160,6 +160,7 @@ def main(
     """Train and measure every set."""
     out.mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    torch._dynamo.config.specialize_float = True  # a graph for each value of a setting
     recipe = tomllib.loads(sets.read_text(encoding="utf-8"))
     texts = (train, eval_text.read_text(encoding="utf-8")) if eval_text else _cut_text(train, keep_back, out)
     sweep = Sweep(model, *texts, out, max_eval_tokens)

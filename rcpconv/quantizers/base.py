@@ -71,6 +71,9 @@ class WeightQuantizer(nn.Module):
         """
         raise NotImplementedError
 
+    def hold(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> None:
+        """Keep the levels as they were, now that the weights are others. Nothing to do where they depend on none."""
+
     def levels(self, grouped_NGg: Tensor) -> Tensor:
         """(N, G, 4) float levels before rounding, not decreasing, differentiable."""
         raise NotImplementedError

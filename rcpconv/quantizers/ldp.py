@@ -67,6 +67,10 @@ class ClipRange(WeightQuantizer):
         self.gamma.copy_(logit(hi / high.clamp(min=SMALLEST_SPAN)))
         return lo, (hi - lo).clamp(min=SMALLEST_SPAN)
 
+    def hold(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> None:
+        """See WeightQuantizer."""
+        self.start_clip(grouped_NGg, levels_NG4)
+
 
 class LearnedClipQuantizer(ClipRange, EvenLevels):
     """`lc`: levels lo + (hi − lo)·{0, ⅓, ⅔, 1}. Gradients: see EvenLevels."""

@@ -19,7 +19,7 @@ class RunningMean:
     @torch.no_grad()
     def add(self, step: int) -> None:
         """Take the parameters after update `step` (from 1) into the mean."""
-        decay = min(self.decay, step / (step + 10))
+        decay = min(self.decay, (step - 1) / (step + 9))
         torch._foreach_lerp_(self.means, self.parameters, 1 - decay)
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
 from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
+from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
 from rcpconv.train.tokens import Sequences
 
 CONFIDENCE_BATCHES = 4
@@ -139,6 +140,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
         c, counters = self.config, self.counters
+        if c.start != "weights" and not counters.step:
+            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
+            start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
         if c.compile == "on":
             compile_layers(self.student, self.teacher, self._tokens(0, 1))
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)

@@ -153,6 +153,8 @@ TRAINED_OTHERWISE = {
     "muon": {"optimizer": "muon"},
     "mean": {"ema": 0.9},
     "streams": {"hidden_loss": 1.0},
+    "data": {"start": "data"},
+    "feedback": {"start": "feedback", "weight_range": "fixed"},
 }
 
 
