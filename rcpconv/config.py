@@ -273,6 +273,14 @@ class QuantizeConfig:
         help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
         "with error feedback besides (feedback: ldp, lc, seq, r2q).",
     )
+    a_clip: float = _option(
+        0.9,
+        type=float,
+        low=0.01,
+        high=0.999,
+        group=TRAINING,
+        help="Activation clip to start from: which share of a token's largest value the integers reach.",
+    )
     weight_reach: float = _option(
         0.0,
         type=float,

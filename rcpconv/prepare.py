@@ -172,13 +172,18 @@ def student_decoder(
     importance: Callable[[str], Tensor] | None = None,
     device: torch.device | str = "cpu",
     learning: Learning | None = None,
+    a_clip: float = 0.9,
 ) -> Decoder:
     """The model to train, on `device`: prepared weights, every quantizer initialised from them.
 
     importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
     """
     parts = TrainingParts(
-        architecture=prepared.architecture, quantization=quantization, options=options, learning=learning
+        architecture=prepared.architecture,
+        quantization=quantization,
+        options=options,
+        learning=learning,
+        a_clip=a_clip,
     )
     q, inv_freq = quantization, prepared.source.inv_freq
     decoder = Decoder(prepared.architecture, inv_freq, parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options).to(device)

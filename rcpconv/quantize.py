@@ -285,7 +285,9 @@ def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
     learning = Learning(reach=c.weight_reach, fixed_range=c.weight_range == "fixed")
-    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device, learning=learning)
+    return student_decoder(
+        prepared, plan.quantization, options, device=plan.machine.device, learning=learning, a_clip=c.a_clip
+    )
 
 
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:

@@ -153,7 +153,7 @@ TRAINED_OTHERWISE = {
     "muon": {"optimizer": "muon"},
     "mean": {"ema": 0.9},
     "streams": {"hidden_loss": 1.0},
-    "data": {"start": "data"},
+    "data": {"start": "data", "a_clip": 0.75},
     "feedback": {"start": "feedback", "weight_range": "fixed"},
 }
 
