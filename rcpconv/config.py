@@ -163,6 +163,22 @@ class QuantizeConfig:
         "hf:org/name[:config[:split]], self (sampled from the model), demo, or default (WikiText-2 and Dolly). "
         "Default: demo for the demo model, otherwise default.",
     )
+    self_tokens: int = _option(
+        1_000_000,
+        type=int,
+        count=True,
+        low=1,
+        group=DATA,
+        help="At most so many tokens are sampled from the model for --data self; longer trainings repeat them.",
+    )
+    self_share: float = _option(
+        0.5,
+        type=float,
+        above=0,
+        high=1,
+        group=DATA,
+        help="Share of the sequences that are sampled, where --data names other texts beside self.",
+    )
     eval_data: str | None = _option(
         None,
         optional=True,
@@ -386,8 +402,6 @@ class QuantizeConfig:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:
             raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
-        if SELF in self.data and self.data != (SELF,):
-            raise BadOption(f"data: expected {SELF!r} alone, found it with other texts")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

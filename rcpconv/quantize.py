@@ -5,6 +5,7 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -15,9 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
@@ -64,9 +63,9 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.sampling import SELF_EPOCHS, SELF_TOKENS, sample
+from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
-from rcpconv.train.tokens import Sequences, cached, interleave
+from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
 
@@ -368,26 +367,32 @@ def _check_texts(config: QuantizeConfig) -> None:
 
 def _sequences(
     run: Run, plan: Plan, source: SourceModel, teacher: Callable[[], Decoder], console: Console
-) -> Sequences:
-    """The training texts as tokens, from the run's cache or into it."""
+) -> Sequences | Mixture:
+    """The training texts as tokens, from the run's cache or into it; sampled ones apart where there are others too."""
     c = plan.config
     assert c.seq_len is not None
     seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
+    share = c.self_share if set(c.data) > {SELF} else 1.0
 
-    def rows() -> Iterator[list[int]]:
-        if SELF in c.data:
-            sampled = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
-            yield from _sampled(teacher(), source, sampled, seq_len, c.seed, console)
-            return
+    def written() -> Iterator[list[int]]:
         info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
         with ChatRenderer(source.name, tokenizer, info) as render:
-            streams = [stream for name in c.data for stream in read_source(name, render)]
+            streams = [stream for name in c.data if name != SELF for stream in read_source(name, render)]
             yield from tokenize_pieces(interleave(streams), tokenizer, info)
 
-    token_N: NDArray[np.generic] = cached(
-        run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
-    )
-    return Sequences(token_N, seq_len, c.seed)
+    def sampled() -> Iterator[list[int]]:
+        tokens = min(math.ceil(share * wanted / SELF_EPOCHS), c.self_tokens)
+        yield from _sampled(teacher(), source, tokens, seq_len, c.seed, console)
+
+    def sequences(name: str, rows: Callable[[], Iterator[list[int]]]) -> Sequences:
+        path = run.folder / "tokens" / name
+        return Sequences(cached(path, rows, plan.architecture.vocab_size, wanted + seq_len), seq_len, c.seed)
+
+    if SELF not in c.data:
+        return sequences("train.npy", written)
+    if share == 1.0:
+        return sequences("train.npy", sampled)
+    return Mixture(sequences("self.npy", sampled), sequences("train.npy", written), share)
 
 
 def _sampled(

@@ -1,32 +1,37 @@
 """Compares training recipes on one checkpoint: many short trainings in one process.
 
-    python examples/benchmarks/sweep_recipe.py MODEL TRAIN_TEXT SETS OUT [--eval-text TEXT]
+    python examples/benchmarks/sweep_recipe.py MODEL TRAIN_TEXT SETS OUT [--eval-text TEXT ...]
 
 SETS is a TOML file: a table [base] of quantize's settings, and any number of [[set]] with a name and the settings that
 differ. Sets are trained one after the other, in the order of the file; imports, checkpoint, teacher, tokens and
 compiled graphs are shared. Perplexity is measured on the last part of the training text, which is kept back from
-training, or on --eval-text. Each finished set is a line of output at once, and OUT/sweep.json is written anew after
-each, so that a sweep that is cut short loses nothing; started again with the same OUT, it goes on with what is missing.
+training; on text sampled from the original model, which is like text that the original has never seen, as the last
+part of what it was trained on is not; and on every --eval-text. Each finished set is a line of output at once, and
+OUT/sweep.json is written anew after each, so that a sweep that is cut short loses nothing; started again with the same
+OUT, it goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import json
 import lzma
+import math
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from rcpconv.baking import bake, baked_decoder
 from rcpconv.checkpoint import SourceModel, load_source
-from rcpconv.config import build_config
+from rcpconv.config import SELF, build_config
 from rcpconv.errors import ConversionError
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.layers import ComputeOptions
@@ -38,21 +43,43 @@ from rcpconv.runs import METRICS, Run, write_json
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
+from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import read_source
-from rcpconv.train.tokens import Sequences, cached
+from rcpconv.train.tokens import Mixture, Sequences, cached
 from rcpconv.train.tokens import tokenize as tokenize_pieces
+
+SAMPLED_TOKENS = 128 * EVALUATION_WINDOW
+"""To measure on."""
 
 
 class Sweep:
     """What all trainings of a sweep share."""
 
-    def __init__(self, model: str, train: Path, evaluated: str, out: Path, max_eval_tokens: int | None) -> None:
+    def __init__(
+        self, model: str, train: Path, texts: dict[str, str], out: Path, self_tokens: int, eval_tokens: int
+    ) -> None:
+        """texts: to measure on, by name. self_tokens: how many to sample, where a set trains on such."""
         self.source: SourceModel = load_source(model)
         self.machine: Machine = look_at_machine("auto")
-        self.model, self.train, self.out = model, train, out
+        self.model, self.train, self.out, self.self_tokens = model, train, out, self_tokens
         window = min(EVALUATION_WINDOW, self.source.architecture.max_position_embeddings)
         self._teachers: dict[bool, Decoder] = {}
-        self.windows = cut(tokenize(self.source.tokenizer.json, evaluated), window, max_eval_tokens)
+        self.windows = {
+            name: cut(tokenize(self.source.tokenizer.json, text), window, eval_tokens) for name, text in texts.items()
+        }
+        sampled = self._sampled("sampled.npy", SAMPLED_TOKENS, window, seed=1, half=False)
+        self.windows["sampled"] = cut(sampled.tolist(), window, SAMPLED_TOKENS)
+
+    def _sampled(self, name: str, tokens: int, seq_len: int, seed: int, half: bool) -> NDArray[Any]:
+        """Text from the original model, in rows of seq_len."""
+
+        def rows() -> Iterator[list[int]]:
+            info = self.source.tokenizer.info
+            yield from sample(
+                self.teacher(half), info, tokens=tokens, seq_len=seq_len, seed=seed, tell=lambda done: None
+            )
+
+        return cached(self.out / name, rows, self.source.architecture.vocab_size, tokens)
 
     def teacher(self, half: bool) -> Decoder:
         """The original model as trainings take it."""
@@ -62,25 +89,31 @@ class Sweep:
             self._teachers[half] = teacher.to(self.machine.device)
         return self._teachers[half]
 
-    def original(self) -> float:
-        """Its perplexity, in float32."""
-        decoder = original_decoder(self.source).to(self.machine.device)
-        return torch_perplexity(decoder, self.windows, "original")
+    def perplexities(self, decoder: Decoder) -> dict[str, float]:
+        """On every text."""
+        decoder = decoder.to(self.machine.device)
+        return {name: torch_perplexity(decoder, windows, name) for name, windows in self.windows.items()}
 
-    def _sequences(self, plan: Plan) -> Sequences:
+    def _sequences(self, plan: Plan) -> Sequences | Mixture:
         """As quantize takes them: of as many tokens as the training needs, from the beginning of the text."""
         c, tokenizer = plan.config, Tokenizer.from_str(self.source.tokenizer.json.decode())
         assert c.seq_len is not None
-        wanted = plan.steps * plan.tokens_per_step + c.seq_len
+        seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
         streams = read_source(str(self.train), lambda messages: "")
 
-        def rows() -> Any:
+        def rows() -> Iterator[list[int]]:
             for stream in streams:
                 yield from tokenize_pieces(stream, tokenizer, self.source.tokenizer.info)
 
         vocab_size = plan.architecture.vocab_size
         token_N = cached(self.out / "train.npy", rows, vocab_size, limit=np.iinfo(np.int64).max)
-        return Sequences(token_N[:wanted], c.seq_len, c.seed)
+        written = Sequences(token_N[: wanted + seq_len], seq_len, c.seed)
+        if SELF not in c.data:
+            return written
+        share = c.self_share if len(c.data) > 1 else 1.0
+        sampled_N = self._sampled("self.npy", self.self_tokens, seq_len, seed=0, half=c.precision == "bf16")
+        limit = min(math.ceil(share * wanted / SELF_EPOCHS), c.self_tokens)
+        return Mixture(Sequences(sampled_N[: max(limit, seq_len)], seq_len, c.seed), written, share)
 
     def run(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Train, bake and measure one set of settings."""
@@ -105,12 +138,12 @@ class Sweep:
                 ).train()
         trained = time.perf_counter()
         tensors = bake(student)
-        decoder = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__).to(self.machine.device)
+        decoder = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__)
         lines = read_metrics(folder / METRICS)
         checkpoints.delete_all(run)
         return {
             "name": name,
-            "perplexity": torch_perplexity(decoder, self.windows, name),
+            "perplexity": self.perplexities(decoder),
             "kl": lines[-1]["kl"] if lines else None,
             "tokens_per_second": lines[-1]["tokens_per_second"] if lines else None,
             "steps": plan.steps,
@@ -132,6 +165,10 @@ def _cut_text(train: Path, keep_back: int, out: Path) -> tuple[Path, str]:
     return rest, text[-keep_back:]
 
 
+def _columns(perplexity: dict[str, float]) -> str:
+    return " ".join(f"{value:8.3f}" for value in perplexity.values())
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.argument("train", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -142,10 +179,21 @@ def _cut_text(train: Path, keep_back: int, out: Path) -> tuple[Path, str]:
 )
 @click.option(
     "--eval-text",
+    "eval_texts",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure on this text instead, and train on the whole of the other.",
+    help="Measure on this text too.",
 )
-@click.option("--max-eval-tokens", type=click.IntRange(1), help="Measure on this many tokens. Default: all.")
+@click.option(
+    "--max-eval-tokens", type=click.IntRange(1), default=120_000, show_default=True, help="Of every text to measure on."
+)
+@click.option(
+    "--self-tokens",
+    type=click.IntRange(1),
+    default=4_000_000,
+    show_default=True,
+    help="Tokens to sample from the original model, where a set trains on such.",
+)
 @click.option("--tokens", help="Train on this many in every set, whatever the file says.")
 def main(
     model: str,
@@ -153,8 +201,9 @@ def main(
     sets: Path,
     out: Path,
     keep_back: int,
-    eval_text: Path | None,
-    max_eval_tokens: int | None,
+    eval_texts: tuple[Path, ...],
+    max_eval_tokens: int,
+    self_tokens: int,
     tokens: str | None,
 ) -> None:
     """Train and measure every set."""
@@ -162,11 +211,16 @@ def main(
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.specialize_float = True  # a graph for each value of a setting
     recipe = tomllib.loads(sets.read_text(encoding="utf-8"))
-    texts = (train, eval_text.read_text(encoding="utf-8")) if eval_text else _cut_text(train, keep_back, out)
-    sweep = Sweep(model, *texts, out, max_eval_tokens)
+    rest, kept = _cut_text(train, keep_back, out)
+    texts = {"kept": kept} | {path.stem: path.read_text(encoding="utf-8") for path in eval_texts}
+    sweep = Sweep(model, rest, texts, out, self_tokens, max_eval_tokens)
     path = out / "sweep.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"original": sweep.original(), "sets": []}
-    click.echo(f"original {done['original']:.3f} on {sum(map(len, sweep.windows))} tokens, {sweep.machine.name}")
+    if path.exists():
+        done: dict[str, Any] = json.loads(path.read_text())
+    else:
+        done = {"original": sweep.perplexities(original_decoder(sweep.source)), "sets": []}
+    click.echo(f"{sweep.machine.name}; perplexity on " + ", ".join(sweep.windows))
+    click.echo(f"{'original':28} {_columns(done['original'])}")
     finished = {row["name"] for row in done["sets"]}
     for given in recipe["set"]:
         name, settings = given["name"], recipe["base"] | {key: given[key] for key in given if key != "name"}
@@ -182,8 +236,8 @@ def main(
         done["sets"].append(row)
         write_json(path, done)
         click.echo(
-            f"{name:28} {row['perplexity']:8.3f}   kl {row['kl'] or 0:.4f}   {row['tokens_per_second'] or 0:10,.0f} "
-            f"tokens/s   {row['steps']} steps   {row['training_seconds']:.0f} + "
+            f"{name:28} {_columns(row['perplexity'])}   kl {row['kl'] or 0:.4f}   "
+            f"{row['tokens_per_second'] or 0:10,.0f} tokens/s   {row['steps']} steps   {row['training_seconds']:.0f} + "
             f"{row['seconds'] - row['training_seconds']:.0f} s"
         )
 

@@ -35,7 +35,7 @@ from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_
 from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
-from rcpconv.train.tokens import Sequences
+from rcpconv.train.tokens import Mixture, Sequences
 
 CONFIDENCE_BATCHES = 4
 """How many batches CAKLD's beta is measured on, before the first update."""
@@ -75,7 +75,7 @@ class Trainer:
         *,
         student: Decoder,
         teacher: Decoder,
-        sequences: Sequences,
+        sequences: Sequences | Mixture,
         steps: int,
         config: QuantizeConfig,
         run: Run,
@@ -144,7 +144,7 @@ class Trainer:
             batches = range(0, CALIBRATION_SEQUENCES, self.batch)
             start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
         if c.compile == "on":
-            compile_layers(self.student, self.teacher, self._tokens(0, 1))
+            compile_layers(self.student, self.teacher, self._tokens(0, self.batch))
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()

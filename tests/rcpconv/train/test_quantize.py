@@ -400,6 +400,15 @@ def test_text_sampled_from_the_model_itself(checkpoint: Path, tmp_path: Path) ->
     assert len(set(tokens.tolist())) > 20
 
 
+def test_sampled_text_among_other_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run = train(checkpoint, text, tmp_path / "mixed", data=("self", str(text)), self_share=0.25, steps=4)
+    wanted = 4 * 2 * 2 * 24
+    assert len(np.load(run.folder / "tokens" / "self.npy")) == wanted / 4 / 2
+    assert len(np.load(run.folder / "tokens" / "train.npy")) == wanted + 24
+    few = train(checkpoint, text, tmp_path / "few", data=("self",), self_tokens=50, steps=4)
+    assert len(np.load(few.folder / "tokens" / "train.npy")) == 3 * 24  # whole sequences
+
+
 def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Two tables, other widths, no rotations, 16-bit tables, every loss, checkpointing, accumulation."""
     shapes: list[dict[str, Any]] = [
