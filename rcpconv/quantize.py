@@ -5,6 +5,7 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -15,9 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
@@ -42,6 +41,7 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Plan, look_at_machine, make_plan
 from rcpconv.prepare import Rotations, original_decoder, prepare, student_decoder
+from rcpconv.quantizers import Learning
 from rcpconv.runs import (
     BAKED,
     FAILED,
@@ -63,9 +63,9 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.sampling import SELF_EPOCHS, SELF_TOKENS, sample
+from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
-from rcpconv.train.tokens import Sequences, cached, interleave
+from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
 
@@ -294,7 +294,10 @@ def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
-    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device)
+    learning = Learning(reach=c.weight_reach, fixed_range=c.weight_range == "fixed")
+    return student_decoder(
+        prepared, plan.quantization, options, device=plan.machine.device, learning=learning, a_clip=c.a_clip
+    )
 
 
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
@@ -376,19 +379,25 @@ def check_texts(config: QuantizeConfig) -> None:
 
 def _sequences(
     run: Run, plan: Plan, source: SourceModel, teacher: Callable[[], Decoder], console: Console
-) -> Sequences:
-    """The training texts as tokens, from the run's cache or into it."""
+) -> Sequences | Mixture:
+    """The training texts as tokens, from the run's cache or into it; sampled ones apart where there are others too."""
     c = plan.config
     assert c.seq_len is not None
     seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
+    share = c.self_share if set(c.data) > {SELF} else 1.0
 
-    def rows() -> Iterator[list[int]]:
-        return sampled_rows(c, source, wanted, teacher(), console) if SELF in c.data else written_rows(c, source)
+    def sampled() -> Iterator[list[int]]:
+        return sampled_rows(c, source, share * wanted, teacher(), console)
 
-    token_N: NDArray[np.generic] = cached(
-        run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
-    )
-    return Sequences(token_N, seq_len, c.seed)
+    def sequences(name: str, rows: Callable[[], Iterator[list[int]]]) -> Sequences:
+        path = run.folder / "tokens" / name
+        return Sequences(cached(path, rows, plan.architecture.vocab_size, wanted + seq_len), seq_len, c.seed)
+
+    if SELF not in c.data:
+        return sequences("train.npy", lambda: written_rows(c, source))
+    if share == 1.0:
+        return sequences("train.npy", sampled)
+    return Mixture(sequences("self.npy", sampled), sequences("train.npy", lambda: written_rows(c, source)), share)
 
 
 def written_rows(config: QuantizeConfig, source: SourceModel) -> Iterator[list[int]]:
@@ -400,11 +409,11 @@ def written_rows(config: QuantizeConfig, source: SourceModel) -> Iterator[list[i
 
 
 def sampled_rows(
-    config: QuantizeConfig, source: SourceModel, wanted: int, teacher: Decoder, console: Console
+    config: QuantizeConfig, source: SourceModel, wanted: float, teacher: Decoder, console: Console
 ) -> Iterator[list[int]]:
     """Rows of tokens sampled from the teacher, for a training on `wanted` of them."""
     assert config.seq_len is not None
-    tokens = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
+    tokens = min(math.ceil(wanted / SELF_EPOCHS), config.self_tokens)
     yield from _sampled(teacher, source, tokens, config.seq_len, config.seed, console)
 
 

@@ -5,6 +5,7 @@ results/<cell>.json   of finished cells, each written whole or not at all
 runs/<cell>/          run folders of unfinished cells, and those that are kept
 tokens.npy            the training texts, the validation part first
 validation.txt        that part, to read
+self.npy              text sampled from the model, where there is other text too
 compare.md, compare.json, compare.png
 """
 
@@ -21,7 +22,7 @@ from rcpconv.compare.plan import Cell, Comparison, differences
 from rcpconv.errors import BadRun
 from rcpconv.runs import held, require_free, saving, write_json
 
-PLAN, TOKENS, VALIDATION = "plan.json", "tokens.npy", "validation.txt"
+PLAN, TOKENS, SAMPLED, VALIDATION = "plan.json", "tokens.npy", "self.npy", "validation.txt"
 MARKDOWN, JSON, PLOT = "compare.md", "compare.json", "compare.png"
 _RESULTS, _RUNS = "results", "runs"
 _ASKED, _SHAPE = "comparison", "shape"
@@ -102,7 +103,7 @@ def opened(path: Path, comparison: Comparison, shape: Mapping[str, int]) -> Iter
             folder.mkdir(parents=True, exist_ok=True)
     with held(path, path):
         if not _begun(path):  # what a comparison left that found no beginning is of no use to this one
-            for name in (PLAN, TOKENS, VALIDATION):
+            for name in (PLAN, TOKENS, SAMPLED, VALIDATION):
                 (path / name).unlink(missing_ok=True)
         before = _read(path / PLAN)[_ASKED]["variants"] if (path / PLAN).exists() else {}
         asked = comparison.to_json()

@@ -41,6 +41,7 @@ _ELSEWHERE = {
     "checkpoint_every": "--checkpoint-every",
 }
 """Settings that are not a variant's to choose -> the option that decides them for all."""
+_ONLY_COMMON = ("self_tokens",)
 _ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
 _FORM = ("group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
 """Settings that make a model larger, or easier to quantize: not a method's merit."""
@@ -253,7 +254,11 @@ def read_variants(path: Path | None) -> tuple[dict[str, Any], tuple[Variant, ...
             raise BadOption(f"{where}: {name!r}: expected a name of letters, digits, - and _ (40 at most)")
         if not isinstance(settings, dict):
             raise BadOption(f"{where}: variants.{name}: expected a table of settings, found {settings!r}")
-        rows.append(Variant(name=name, settings=_checked(settings, f"{where}: variants.{name}")))
+        checked = _checked(settings, f"{where}: variants.{name}")
+        for key in _ONLY_COMMON:
+            if key in checked:
+                raise BadOption(f"{where}: variants.{name}: {key} is the same for all rows; give it in [common]")
+        rows.append(Variant(name=name, settings=checked))
     return common_settings(common, f"{where}: common"), tuple(rows)
 
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 from rcpconv.baking import bake, baked_decoder
 from rcpconv.checkpoint import SourceModel
-from rcpconv.compare.folder import TOKENS, VALIDATION, Folder, Result
+from rcpconv.compare.folder import SAMPLED, TOKENS, VALIDATION, Folder, Result
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.score import score
-from rcpconv.config import SELF
+from rcpconv.config import SELF, QuantizeConfig
 from rcpconv.errors import BadCompiler, BadTrainingData, NotEnoughMachine, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize
 from rcpconv.generation import GenerationResult, Task, measured
@@ -41,7 +41,7 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
-from rcpconv.train.tokens import Sequences, cached
+from rcpconv.train.tokens import Mixture, Sequences, cached
 
 _RECOMPILATIONS = 1 << 16
 """torch gives up compiling what it has compiled 8 times, without a word; every method is a time or two."""
@@ -109,20 +109,41 @@ class Workshop:
         return original_decoder(self.source).to(self.device)
 
     @cached_property
+    def _shared(self) -> QuantizeConfig:
+        """What texts are read with; the same for every variant."""
+        c = self.comparison
+        return self.plan(Cell(kind=FINAL, variant=c.variants[0].name, rates=c.grid[0])).config.changed(data=c.data)
+
+    @property
+    def _wanted(self) -> int:
+        """Tokens of the longest training."""
+        c = self.comparison
+        return max(c.tokens, c.sweep_tokens if c.sweeps() else 0)
+
+    def _tokens(self, name: str, rows: Callable[[], Iterator[list[int]]], limit: int) -> NDArray[Any]:
+        return cached(self.folder.file(name), rows, self.source.architecture.vocab_size, limit)
+
+    def _sampled_rows(self) -> Iterator[list[int]]:
+        teacher = self.teacher(self._shared.precision == "bf16")
+        return sampled_rows(self._shared, self.source, self._wanted, teacher, self.console)
+
+    @cached_property
+    def _sampled(self) -> NDArray[Any] | None:
+        """Tokens sampled from the model, where there is other text too; none of them are kept back."""
+        if not set(self.comparison.data) > {SELF}:
+            return None
+        return self._tokens(SAMPLED, self._sampled_rows, self._wanted + (self._shared.seq_len or 0))
+
+    @cached_property
     def _parts(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The validation part of the training texts' tokens, and the rest."""
         c, info = self.comparison, self.source.tokenizer.info
-        config = self.plan(Cell(kind=FINAL, variant=c.variants[0].name, rates=c.grid[0])).config.changed(data=c.data)
-        assert config.seq_len is not None
-        wanted = max(c.tokens, c.sweep_tokens if c.sweeps() else 0)
-        limit = _ROOM * c.validation_tokens + wanted + config.seq_len
+        limit = _ROOM * c.validation_tokens + self._wanted + (self._shared.seq_len or 0)
 
         def rows() -> Iterator[list[int]]:
-            if SELF not in c.data:
-                return written_rows(config, self.source)
-            return sampled_rows(config, self.source, wanted, self.teacher(config.precision == "bf16"), self.console)
+            return self._sampled_rows() if c.data == (SELF,) else written_rows(self._shared, self.source)
 
-        token_N = cached(self.folder.file(TOKENS), rows, self.source.architecture.vocab_size, limit)
+        token_N = self._tokens(TOKENS, rows, limit)
         if len(token_N) < limit and len(token_N) < 2 * _ROOM * c.validation_tokens:
             raise BadTrainingData(
                 f"validation-tokens: {c.validation_tokens}, but the training texts hold {len(token_N)} tokens; keep "
@@ -135,7 +156,7 @@ class Workshop:
 
     def prepare(self) -> None:
         """Make the tokens, and a text of the validation part."""
-        validation, _ = self._parts
+        validation, _sampled = self._parts[0], self._sampled
         path = self.folder.file(VALIDATION)
         if not path.exists():
             tokenizer = Tokenizer.from_str(self.source.tokenizer.json.decode())
@@ -231,7 +252,7 @@ class Workshop:
                 Trainer(
                     student=student,
                     teacher=self.teacher(c.precision == "bf16"),
-                    sequences=Sequences(self._parts[1], c.seq_len or 0, c.seed),
+                    sequences=self._sequences(c),
                     steps=plan.steps,
                     config=c,
                     run=run,
@@ -248,6 +269,13 @@ class Workshop:
             if not (self.keep_runs and cell.kind == FINAL):
                 run.delete()
         return result
+
+    def _sequences(self, c: QuantizeConfig) -> Sequences | Mixture:
+        assert c.seq_len is not None
+        rest = Sequences(self._parts[1], c.seq_len, c.seed)
+        if self._sampled is None:
+            return rest
+        return Mixture(Sequences(self._sampled, c.seq_len, c.seed), rest, c.self_share)
 
     def _student(self, cell: Cell, plan: Plan) -> Decoder:
         """As it starts; the last one is kept where it is small, since the next thing that changes is the rates."""

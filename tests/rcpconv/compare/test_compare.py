@@ -212,6 +212,14 @@ def test_training_never_sees_the_validation_part(
     assert validation.startswith(CORPUS[0][:20])
 
 
+def test_sampled_text_beside_the_other(place: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"variants": (Variant(name="ldp", settings={}),), "grid": (Rates(lr=1e-3),), "seeds": 1}
+    data = (str(place / "train.txt"), "self")
+    work(place, tmp_path / "out", **changes, data=data, common=SETTINGS | {"self_tokens": 100, "self_share": 0.25})
+    assert (tmp_path / "out" / "validation.txt").read_text().startswith(CORPUS[0][:20])
+    assert 100 <= len(workshop.np.load(tmp_path / "out" / "self.npy")) < 100 + 16
+
+
 def killed(place: Path, out: Path, after: int) -> None:
     """A comparison in a process that is killed when so many cells are done."""
     child = os.fork()
