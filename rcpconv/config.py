@@ -25,6 +25,13 @@ UNTRAINED = ("rtn",)
 """Methods without training."""
 TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
+SCHEDULES = ("cosine", "linear")
+OPTIMIZERS = ("adamw", "muon")
+RANGES = ("moving", "fixed")
+LR_SCALES = ("absolute", "relative")
+STARTS = ("weights", "data", "feedback")
+HELD = ("ldp", "lc", "seq", "r2q")
+"""Methods whose levels error feedback can hold."""
 PRECISIONS = ("auto", "bf16", "fp32")
 AUTO = "auto"
 """Stands for a value that is decided from model and machine when a run begins."""
@@ -156,6 +163,22 @@ class QuantizeConfig:
         "hf:org/name[:config[:split]], self (sampled from the model), demo, or default (WikiText-2 and Dolly). "
         "Default: demo for the demo model, otherwise default.",
     )
+    self_tokens: int = _option(
+        1_000_000,
+        type=int,
+        count=True,
+        low=1,
+        group=DATA,
+        help="At most so many tokens are sampled from the model for --data self; longer trainings repeat them.",
+    )
+    self_share: float = _option(
+        0.5,
+        type=float,
+        above=0,
+        high=1,
+        group=DATA,
+        help="Share of the sequences that are sampled, where --data names other texts beside self.",
+    )
     eval_data: str | None = _option(
         None,
         optional=True,
@@ -231,6 +254,70 @@ class QuantizeConfig:
         group=TRAINING,
         help="Peak learning rate of the activation and KV clips. Default: 10 times --lr.",
     )
+    table_lr: float | None = _option(
+        None,
+        type=float,
+        low=0,
+        optional=True,
+        group=TRAINING,
+        help="Peak learning rate of embedding and head. Default: --lr.",
+    )
+    lr_scale: str = _option(
+        "absolute",
+        choices=LR_SCALES,
+        group=TRAINING,
+        help="relative: each 2-bit layer's rate in proportion to the size of its weights, with --lr in the mean.",
+    )
+    optimizer: str = _option(
+        "adamw", choices=OPTIMIZERS, group=TRAINING, help="Of the 2-bit layers' weights; all else learns by AdamW."
+    )
+    schedule: str = _option(
+        "cosine", choices=SCHEDULES, group=TRAINING, help="How learning rates fall, from the peak to --lr-floor."
+    )
+    ema: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=0.99999,
+        group=TRAINING,
+        help="Decay of a running mean of all parameters, which is what is kept in the end; 0: the last ones are.",
+    )
+    start: str = _option(
+        "weights",
+        choices=STARTS,
+        group=TRAINING,
+        help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
+        "with error feedback besides (feedback: ldp, lc, seq, r2q).",
+    )
+    a_clip: float = _option(
+        0.9,
+        type=float,
+        low=0.01,
+        high=0.999,
+        group=TRAINING,
+        help="Activation clip to start from: which share of a token's largest value the integers reach.",
+    )
+    weight_reach: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        group=TRAINING,
+        help="How far beyond the outer levels a weight still learns, in steps between levels (ldp, r2q).",
+    )
+    weight_range: str = _option(
+        "moving",
+        choices=RANGES,
+        group=TRAINING,
+        help="What weight clips are shares of: the weights' extremes as they are, or (fixed) as they were "
+        "at the start (ldp, ldp-udq, lc).",
+    )
+    hidden_loss: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        group=TRAINING,
+        help="Weight of a second loss: how far the residual stream after each layer is from the teacher's.",
+    )
     weight_decay: float = _option(
         0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."
     )
@@ -241,7 +328,7 @@ class QuantizeConfig:
         0.03, type=float, low=0, high=1, group=TRAINING, help="Share of the steps in which learning rates rise."
     )
     lr_floor: float = _option(
-        0.05, type=float, low=0, high=1, group=TRAINING, help="Where the cosine ends, as a share of the peak."
+        0.05, type=float, low=0, high=1, group=TRAINING, help="Where the schedule ends, as a share of the peak."
     )
     grad_clip: float = _option(
         1.0, type=float, above=0, group=TRAINING, help="Largest norm of the gradient; larger ones are scaled down."
@@ -311,8 +398,10 @@ class QuantizeConfig:
             )
         if self.eval_every is not None and self.eval_data is None:
             raise BadOption(f"eval_every: {self.eval_every}, but there is no eval_data to measure on")
-        if SELF in self.data and self.data != (SELF,):
-            raise BadOption(f"data: expected {SELF!r} alone, found it with other texts")
+        if self.start == "feedback" and self.method not in HELD:
+            raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
+        if self.start != "weights" and self.steps == 0:
+            raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

@@ -38,15 +38,22 @@ def default_text(model: str | None) -> Text:
     return wikitext2_test()
 
 
-def wikitext2_test() -> Text:
-    """The raw WikiText-2 test set, its lines joined by blank lines as the quantization papers do.
+def fetch_wikitext2() -> Path:
+    """The archive that WikiText-2 is in.
 
     Raises DownloadFailed when the Hub cannot be reached and the text is not in its cache.
     """
     try:
-        archive = fetch("ggml-org/ci", "wikitext-2-raw-v1.zip")
+        return fetch("ggml-org/ci", "wikitext-2-raw-v1.zip")
     except DownloadFailed as error:
         raise DownloadFailed(f"the default text: {error}, or name a text with --text FILE") from error
-    with zipfile.ZipFile(archive) as content:
+
+
+def wikitext2_test() -> Text:
+    """The raw WikiText-2 test set, its lines joined by blank lines as the quantization papers do.
+
+    Raises DownloadFailed: see fetch_wikitext2.
+    """
+    with zipfile.ZipFile(fetch_wikitext2()) as content:
         lines = io.StringIO(content.read("wikitext-2-raw/wiki.test.raw").decode()).readlines()
     return Text("WikiText-2 test", "\n\n".join("" if line.isspace() else line for line in lines))

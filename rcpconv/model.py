@@ -8,6 +8,8 @@ Shape suffixes: B batch, T positions, H heads, D head_dim, C hidden_size, V voca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -155,8 +157,8 @@ class Decoder(nn.Module):
         factor = self.architecture.rope_attention_factor
         return (angle.cos() * factor).to(self.options.dtype), (angle.sin() * factor).to(self.options.dtype)
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, C) float32: what the head takes."""
+    def streams(self, tokens_BT: Tensor) -> Iterator[Tensor]:
+        """(B, T) token ids -> (B, T, C) float32, one at a time: the residual stream after each layer."""
         x = self.embed.embed(tokens_BT).to(self.options.dtype)  # type: ignore[operator]
         cos, sin = self.rope(tokens_BT.shape[1])
         for layer in self.layers:
@@ -164,7 +166,17 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, cos, sin, self.options, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, self.options)
-        return self.head_input(self.final_norm(x))  # type: ignore[no-any-return]
+            yield x
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, C) float32: what the head takes."""
+        for stream_BTC in self.streams(tokens_BT):
+            last_BTC = stream_BTC
+        return self.head_inputs(last_BTC)
+
+    def head_inputs(self, stream_BTC: Tensor) -> Tensor:
+        """The residual stream after the last layer -> (B, T, C) float32: what the head takes."""
+        return self.head_input(self.final_norm(stream_BTC))  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) from `hidden` -> (..., V) float32."""

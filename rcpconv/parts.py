@@ -23,7 +23,7 @@ from rcpconv.layers import (
     QuantLinear,
     QuantTable,
 )
-from rcpconv.quantizers import weight_quantizer
+from rcpconv.quantizers import Learning, weight_quantizer
 from rcpformat import codec, spec
 from rcpformat.architecture import Architecture, Quantization
 
@@ -85,12 +85,13 @@ class TrainingParts:
     options: ComputeOptions
     a_clip: float = 0.9
     kv_clip: float = 0.95
+    learning: Learning | None = None
 
     def linear(self, name: str) -> nn.Module:
         """See Parts."""
         kind = spec.linear_kind(name)
         shape = spec.linear_shape(self.architecture, kind)
-        quantizer = weight_quantizer(self.quantization.method, shape, self.quantization.group_of(name))
+        quantizer = weight_quantizer(self.quantization.method, shape, self.quantization.group_of(name), self.learning)
         return QuantLinear(shape, spec.has_bias(self.architecture, kind), quantizer, self.options)
 
     def activation(self, layer: int, site: int) -> nn.Module:

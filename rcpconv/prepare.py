@@ -19,6 +19,7 @@ from rcpconv.hadamard import apply_right
 from rcpconv.layers import ComputeOptions, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.parts import FloatParts, TrainingParts
+from rcpconv.quantizers import Learning
 from rcpformat.architecture import Architecture, Quantization
 
 _Transforms = tuple[Callable[[Tensor], Tensor], ...]
@@ -115,13 +116,17 @@ def prepare(
     """
     assert source.tied_embeddings or not one_table, "one table needs tied embeddings"
     architecture = dataclasses.replace(source.architecture, tied_table=one_table)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=architecture.hidden_size)
     return PreparedModel(
         source=source,
         architecture=architecture,
         rotations=rotations or Rotations(),
-        signs=torch.from_numpy(signs),
+        signs=rotation_signs(architecture.hidden_size, seed),
     )
+
+
+def rotation_signs(size: int, seed: int) -> Tensor:
+    """R1's (size,) random signs, ±1 float64."""
+    return torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], size=size))
 
 
 @torch.no_grad()
@@ -166,12 +171,20 @@ def student_decoder(
     options: ComputeOptions,
     importance: Callable[[str], Tensor] | None = None,
     device: torch.device | str = "cpu",
+    learning: Learning | None = None,
+    a_clip: float = 0.9,
 ) -> Decoder:
     """The model to train, on `device`: prepared weights, every quantizer initialised from them.
 
     importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
     """
-    parts = TrainingParts(architecture=prepared.architecture, quantization=quantization, options=options)
+    parts = TrainingParts(
+        architecture=prepared.architecture,
+        quantization=quantization,
+        options=options,
+        learning=learning,
+        a_clip=a_clip,
+    )
     q, inv_freq = quantization, prepared.source.inv_freq
     decoder = Decoder(prepared.architecture, inv_freq, parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options).to(device)
     _load(decoder, prepared.tensors())

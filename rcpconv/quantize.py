@@ -5,19 +5,18 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
@@ -42,6 +41,7 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Plan, look_at_machine, make_plan
 from rcpconv.prepare import Rotations, original_decoder, prepare, student_decoder
+from rcpconv.quantizers import Learning
 from rcpconv.runs import (
     BAKED,
     FAILED,
@@ -63,9 +63,9 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.sampling import SELF_EPOCHS, SELF_TOKENS, sample
+from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
-from rcpconv.train.tokens import Sequences, cached, interleave
+from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
 
@@ -132,7 +132,7 @@ def quantize(
         plan.show_summary(console)
         if not force:
             plan.require_machine(folder)
-        _check_texts(plan.config)
+        check_texts(plan.config)
         judged.append(plan)
 
     try:
@@ -143,7 +143,7 @@ def quantize(
         return None
     plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
     windows = _evaluation_windows(plan, source)
-    with created(folder, _record(plan, source), _located(plan.config).to_toml(), source.tokenizer.json) as run:
+    with new_run(folder, plan, source) as run:
         try:
             return _train(run, plan, source, windows, console)
         except (BadTrainingData, BadCompiler):  # nothing is trained, and resuming cannot mend it
@@ -153,6 +153,11 @@ def quantize(
 
 class _OnlyPlanned(ConversionError):
     """Ends a dry run; a ConversionError, because load_source lets those through."""
+
+
+def new_run(folder: Path, plan: Plan, source: SourceModel) -> AbstractContextManager[Run]:
+    """The folder of a run that begins, held."""
+    return created(folder, _record(plan, source), _located(plan.config).to_toml(), source.tokenizer.json)
 
 
 def _record(plan: Plan, source: SourceModel) -> dict[str, Any]:
@@ -225,20 +230,15 @@ def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recip
 
 def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Run:
     """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
-    with _stoppable(run, console):
+    with stoppable(lambda happened: _tell_to_resume(run, happened, console)):
         try:
             student = (
-                _trained_student(run, plan, source, windows, console)
-                if plan.steps
-                else _untrained_student(plan, source)
+                _trained_student(run, plan, source, windows, console) if plan.steps else untrained_student(plan, source)
             )
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
             run.update(status=FAILED, reason=str(error))
             raise
-        tensors = bake(student)
-        with replacing(run.folder / BAKED) as temporary:
-            save_file(tensors, temporary)
-        write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
+        tensors = keep_result(run, student, source)
         evaluation = _evaluate(plan, source, tensors, windows, console) if windows else None
         run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
         checkpoints.delete_all(run)
@@ -249,9 +249,18 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     return run
 
 
+def keep_result(run: Run, student: Decoder, source: SourceModel) -> dict[str, Array]:
+    """Leave the tensors of the file in the run folder, with their hashes; they are returned."""
+    tensors = bake(student)
+    with replacing(run.folder / BAKED) as temporary:
+        save_file(tensors, temporary)
+    write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
+    return tensors
+
+
 @contextmanager
-def _stoppable(run: Run, console: Console) -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Interrupted, after a word on how to go on."""
+def stoppable(tell: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Interrupted, after `tell` has heard what happened, to say how to go on."""
     caught: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -263,10 +272,10 @@ def _stoppable(run: Run, console: Console) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        _tell_to_resume(run, f"{stopped}; everything is saved", console)
+        tell(f"{stopped}; everything is saved")
         raise
     except KeyboardInterrupt:
-        _tell_to_resume(run, "Stopped", console)
+        tell("Stopped")
         raise Interrupted("Stopped", caught[0] if caught else signal.SIGINT) from None
     finally:
         if in_main_thread:
@@ -279,12 +288,16 @@ def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
     )
 
 
-def _untrained_student(plan: Plan, source: SourceModel) -> Decoder:
+def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
+    """The model that a plan trains, as it starts."""
     c = plan.config
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
-    return student_decoder(prepared, plan.quantization, options, device=plan.machine.device)
+    learning = Learning(reach=c.weight_reach, fixed_range=c.weight_range == "fixed")
+    return student_decoder(
+        prepared, plan.quantization, options, device=plan.machine.device, learning=learning, a_clip=c.a_clip
+    )
 
 
 def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Decoder:
@@ -297,7 +310,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
 
     sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
-    student = _untrained_student(plan, source)
+    student = untrained_student(plan, source)
     trainer = Trainer(
         student=student,
         teacher=teacher(),
@@ -337,7 +350,7 @@ def _evaluation_windows(plan: Plan, source: SourceModel) -> list[list[int]]:
     c = plan.config
     if c.eval_data is None:
         return []
-    text = _evaluation_text(c.eval_data)
+    text = evaluation_text(c.eval_data)
     window = min(EVALUATION_WINDOW, plan.architecture.max_position_embeddings)
     windows = cut(tokenize(source.tokenizer.json, text.content), window, c.max_eval_tokens)
     if not windows:
@@ -345,7 +358,8 @@ def _evaluation_windows(plan: Plan, source: SourceModel) -> list[list[int]]:
     return windows
 
 
-def _evaluation_text(name: str) -> Text:
+def evaluation_text(name: str) -> Text:
+    """The text that `eval_data` names. Raises BadTrainingData."""
     if name in (DEMO, DEFAULT_CORPUS):
         return default_text(DEMO if name == DEMO else None)
     path = Path(name).expanduser()
@@ -354,37 +368,53 @@ def _evaluation_text(name: str) -> Text:
     return read_text(path)
 
 
-def _check_texts(config: QuantizeConfig) -> None:
+def check_texts(config: QuantizeConfig) -> None:
     """Read the beginning of every text, before anything takes time. Raises BadTrainingData for one that cannot be."""
     for name in config.data:
         for stream in read_source(name, lambda messages: "") if name != SELF else []:
             next(stream, None)
     if config.eval_data is not None:
-        _evaluation_text(config.eval_data)
+        evaluation_text(config.eval_data)
 
 
 def _sequences(
     run: Run, plan: Plan, source: SourceModel, teacher: Callable[[], Decoder], console: Console
-) -> Sequences:
-    """The training texts as tokens, from the run's cache or into it."""
+) -> Sequences | Mixture:
+    """The training texts as tokens, from the run's cache or into it; sampled ones apart where there are others too."""
     c = plan.config
     assert c.seq_len is not None
     seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
+    share = c.self_share if set(c.data) > {SELF} else 1.0
 
-    def rows() -> Iterator[list[int]]:
-        if SELF in c.data:
-            sampled = min(-(-wanted // SELF_EPOCHS), SELF_TOKENS)
-            yield from _sampled(teacher(), source, sampled, seq_len, c.seed, console)
-            return
-        info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
-        with ChatRenderer(source.name, tokenizer, info) as render:
-            streams = [stream for name in c.data for stream in read_source(name, render)]
-            yield from tokenize_pieces(interleave(streams), tokenizer, info)
+    def sampled() -> Iterator[list[int]]:
+        return sampled_rows(c, source, share * wanted, teacher(), console)
 
-    token_N: NDArray[np.generic] = cached(
-        run.folder / "tokens" / "train.npy", rows, plan.architecture.vocab_size, wanted + seq_len
-    )
-    return Sequences(token_N, seq_len, c.seed)
+    def sequences(name: str, rows: Callable[[], Iterator[list[int]]]) -> Sequences:
+        path = run.folder / "tokens" / name
+        return Sequences(cached(path, rows, plan.architecture.vocab_size, wanted + seq_len), seq_len, c.seed)
+
+    if SELF not in c.data:
+        return sequences("train.npy", lambda: written_rows(c, source))
+    if share == 1.0:
+        return sequences("train.npy", sampled)
+    return Mixture(sequences("self.npy", sampled), sequences("train.npy", lambda: written_rows(c, source)), share)
+
+
+def written_rows(config: QuantizeConfig, source: SourceModel) -> Iterator[list[int]]:
+    """Rows of tokens of the training texts that somebody wrote."""
+    info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
+    with ChatRenderer(source.name, tokenizer, info) as render:
+        streams = [stream for name in config.data if name != SELF for stream in read_source(name, render)]
+        yield from tokenize_pieces(interleave(streams), tokenizer, info)
+
+
+def sampled_rows(
+    config: QuantizeConfig, source: SourceModel, wanted: float, teacher: Decoder, console: Console
+) -> Iterator[list[int]]:
+    """Rows of tokens sampled from the teacher, for a training on `wanted` of them."""
+    assert config.seq_len is not None
+    tokens = min(math.ceil(wanted / SELF_EPOCHS), config.self_tokens)
+    yield from _sampled(teacher, source, tokens, config.seq_len, config.seed, console)
 
 
 def _sampled(

@@ -276,7 +276,7 @@ class Run:
 
 
 @contextmanager
-def _lock(folder: Path, shown: Path) -> Iterator[None]:
+def held(folder: Path, shown: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises BadRun when another process does; ends with this process."""
     with saving(shown):
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -293,7 +293,7 @@ def _lock(folder: Path, shown: Path) -> Iterator[None]:
 @contextmanager
 def locked(run: Run) -> Iterator[Run]:
     """Hold an existing run folder, and read its record again, for it may have changed before the lock was ours."""
-    with _lock(run.folder, run.folder):
+    with held(run.folder, run.folder):
         yield Run.open(run.folder)
 
 
@@ -316,7 +316,7 @@ def created(folder: Path, record: Mapping[str, Any], recipe: str, tokenizer_json
     except BaseException:
         shutil.rmtree(nursery, ignore_errors=True)
         raise
-    with _lock(nursery, folder):
+    with held(nursery, folder):
         try:
             nursery.rename(folder)
         except OSError as error:

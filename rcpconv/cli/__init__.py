@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from rcpconv.cli.compare import compare
 from rcpconv.cli.evaluation import eval_command
 from rcpconv.cli.export import export
 from rcpconv.cli.files import inspect, push, verify
@@ -61,5 +62,5 @@ def main() -> None:
     """
 
 
-for _command in (quantize, export, inspect, verify, eval_command, report, push):
+for _command in (quantize, export, inspect, verify, eval_command, report, compare, push):
     main.add_command(_command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rcpconv.quantizers.base import WeightCodes, WeightQuantizer
+from rcpconv.quantizers.base import Learning, WeightCodes, WeightQuantizer
 from rcpconv.quantizers.ldp import LDPQuantizer, LDPUniformQuantizer, LearnedClipQuantizer
 from rcpconv.quantizers.r2q import R2QQuantizer
 from rcpconv.quantizers.seq import SEQQuantizer
@@ -20,9 +20,13 @@ METHODS: dict[str, type[WeightQuantizer]] = {
 """Every value that `--method` takes."""
 
 
-def weight_quantizer(method: str, shape: tuple[int, int], group_size: int) -> WeightQuantizer:
+def weight_quantizer(
+    method: str, shape: tuple[int, int], group_size: int, learning: Learning | None = None
+) -> WeightQuantizer:
     """The quantizer of this method for a weight of shape (N, K)."""
-    return METHODS[method](*shape, group_size)
+    quantizer = METHODS[method](*shape, group_size)
+    quantizer.learning = learning or quantizer.learning
+    return quantizer
 
 
-__all__ = ["METHODS", "LDPQuantizer", "WeightCodes", "WeightQuantizer", "weight_quantizer"]
+__all__ = ["METHODS", "LDPQuantizer", "Learning", "WeightCodes", "WeightQuantizer", "weight_quantizer"]

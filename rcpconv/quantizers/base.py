@@ -18,6 +18,16 @@ SMALLEST_SPAN = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a weight quantizer does in training beside what its method says. A file knows nothing of it."""
+
+    reach: float = 0.0
+    """ldp and r2q: how far beyond the outer levels, in steps to their neighbours, a weight still has a gradient."""
+    fixed_range: bool = False
+    """ldp, ldp-udq and lc: clips refer to the extremes that a group had at the start, not to those it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightCodes:
     """A baked linear weight: W[n, k] = scale[n] * levels[n, k // group, codes[n, k]]."""
 
@@ -48,6 +58,8 @@ class WeightQuantizer(nn.Module):
     gradients pass that choice (`select`).
     """
 
+    learning = Learning()
+
     def __init__(self, rows: int, columns: int, group_size: int) -> None:
         super().__init__()
         self.group_size = group_size
@@ -58,6 +70,9 @@ class WeightQuantizer(nn.Module):
         importance: weight of each input channel, such as the diagonal of the input second moment; None = all equal.
         """
         raise NotImplementedError
+
+    def hold(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> None:
+        """Keep the levels as they were, now that the weights are others. Nothing to do where they depend on none."""
 
     def levels(self, grouped_NGg: Tensor) -> Tensor:
         """(N, G, 4) float levels before rounding, not decreasing, differentiable."""

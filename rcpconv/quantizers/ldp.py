@@ -38,6 +38,9 @@ def logit(ratio: Tensor) -> Tensor:
 class ClipRange(WeightQuantizer):
     """Clips (β, γ) of every group, as float32 parameters of shape (N, G)."""
 
+    start_low: Tensor
+    start_high: Tensor
+
     def __init__(self, rows: int, columns: int, group_size: int) -> None:
         super().__init__(rows, columns, group_size)
         shape = (rows, spec.ceil_div(columns, group_size))
@@ -46,17 +49,27 @@ class ClipRange(WeightQuantizer):
 
     def clip_range(self, grouped_NGg: Tensor) -> tuple[Tensor, Tensor]:
         """(N, G) each: lo, and hi - lo."""
-        low, high = extremes(grouped_NGg.detach())
+        if self.learning.fixed_range:
+            low, high = self.start_low, self.start_high
+        else:
+            low, high = extremes(grouped_NGg.detach())
         lo, hi = torch.sigmoid(self.beta) * low, torch.sigmoid(self.gamma) * high
         return lo, (hi - lo).clamp(min=SMALLEST_SPAN)
 
     def start_clip(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> tuple[Tensor, Tensor]:
         """Set the clips to the outer levels, kept on either side of zero. (N, G) each: lo, and hi - lo, as wanted."""
         low, high = extremes(grouped_NGg)
+        if self.learning.fixed_range:
+            self.register_buffer("start_low", low)
+            self.register_buffer("start_high", high)
         lo, hi = levels_NG4[..., 0].clamp(max=0), levels_NG4[..., 3].clamp(min=0)
         self.beta.copy_(logit(lo / low.clamp(max=-SMALLEST_SPAN)))
         self.gamma.copy_(logit(hi / high.clamp(min=SMALLEST_SPAN)))
         return lo, (hi - lo).clamp(min=SMALLEST_SPAN)
+
+    def hold(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> None:
+        """See WeightQuantizer."""
+        self.start_clip(grouped_NGg, levels_NG4)
 
 
 class LearnedClipQuantizer(ClipRange, EvenLevels):

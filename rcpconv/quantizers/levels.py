@@ -34,13 +34,20 @@ class _SelectLevels(torch.autograd.Function):
     """out = rounded level[code], with code the level nearest to the weight.
 
     Gradients: for the levels exact (each gets the sum over its weights); for the weight straight through where it
-    lies between the outer levels, divided by the row scale, since the output is in units of it.
+    lies between the outer levels, or within `reach` steps of them, divided by the row scale, since the output is in
+    units of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight_NGg: Tensor, rounded_NG4: Tensor, levels_NG4: Tensor, scale_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight_NGg: Tensor, rounded_NG4: Tensor, levels_NG4: Tensor, scale_N: Tensor, reach: float
+    ) -> Tensor:
         code = assign(weight_NGg, levels_NG4)
-        inside = (weight_NGg >= levels_NG4[..., :1]) & (weight_NGg <= levels_NG4[..., 3:])
+        low_NG1, high_NG1 = levels_NG4[..., :1], levels_NG4[..., 3:]
+        if reach:
+            low_NG1 = low_NG1 - reach * (levels_NG4[..., 1:2] - low_NG1)
+            high_NG1 = high_NG1 + reach * (high_NG1 - levels_NG4[..., 2:3])
+        inside = (weight_NGg >= low_NG1) & (weight_NGg <= high_NG1)
         ctx.save_for_backward(code + inside.to(torch.uint8) * _INSIDE, scale_N)
         return torch.gather(rounded_NG4, 2, code.long())
 
@@ -48,7 +55,7 @@ class _SelectLevels(torch.autograd.Function):
     def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:
         packed, scale_N = ctx.saved_tensors
         grad_weight = torch.where(packed >= _INSIDE, grad_NGg, 0.0) / scale_N[:, None, None]
-        return grad_weight, sums_by_code(grad_NGg, packed & _CODE_BITS), None, None
+        return grad_weight, sums_by_code(grad_NGg, packed & _CODE_BITS), None, None, None
 
 
 def assign(weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
@@ -63,7 +70,7 @@ def assign(weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
 class NearestLevel(WeightQuantizer):
     """Four levels anywhere; a weight takes the nearest.
 
-    Gradients: exact for the levels, straight through for the weights between the outer two.
+    Gradients: exact for the levels, straight through for the weights between the outer two, and Learning.reach beyond.
     """
 
     def codes(self, grouped_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
@@ -72,7 +79,8 @@ class NearestLevel(WeightQuantizer):
 
     def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
         """See WeightQuantizer."""
-        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4.detach(), scale_N)  # type: ignore[no-untyped-call, no-any-return]
+        levels_NG4 = levels_NG4.detach()
+        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4, scale_N, self.learning.reach)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _RoundPosition(torch.autograd.Function):

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import TrainingDiverged
 from rcpconv.model import Decoder
+from rcpconv.prepare import rotation_signs
 from rcpconv.runs import METRICS, PLOT, Run
 from rcpconv.train import checkpoints
+from rcpconv.train.average import RunningMean
 from rcpconv.train.compiling import compile_layers
-from rcpconv.train.losses import Distillation, Loss, distill, teacher_confidence
+from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
 from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
-from rcpconv.train.tokens import Sequences
+from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
+from rcpconv.train.tokens import Mixture, Sequences
 
 CONFIDENCE_BATCHES = 4
 """How many batches CAKLD's beta is measured on, before the first update."""
@@ -72,22 +75,29 @@ class Trainer:
         *,
         student: Decoder,
         teacher: Decoder,
-        sequences: Sequences,
+        sequences: Sequences | Mixture,
         steps: int,
         config: QuantizeConfig,
         run: Run,
         console: Console,
         evaluate: Callable[[Decoder], float] | None = None,
+        keep: bool = True,
     ) -> None:
-        """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every."""
+        """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
+
+        keep: leave a checkpoint of the last step and the curve of the loss.
+        """
         assert config.batch_size is not None and config.grad_accum is not None
         self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
         self.config, self.run, self.console, self.evaluate = config, run, console, evaluate
+        self.keep = keep
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(student, config)
+        self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
+        self.matching = self._matching() if config.hidden_loss else None
         self.counters = Counters()
         self._load()
 
@@ -96,6 +106,8 @@ class Trainer:
         if state is not None:
             self.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.mean is not None:
+                self.mean.load(state["mean"])
             self.counters = Counters(**state["counters"])
 
     def _save(self, metrics: Metrics) -> None:
@@ -109,12 +121,18 @@ class Trainer:
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "counters": asdict(self.counters),
+            "mean": None if self.mean is None else self.mean.means,
         }
         checkpoints.save(self.run, self.counters.step, state, self.config.keep_checkpoints)
 
     def _tokens(self, first: int, count: int) -> Tensor:
         """(B, T) sequences of the endless order."""
         return torch.from_numpy(self.sequences.batch(first, count)).to(self.device)
+
+    def _matching(self) -> Matching:
+        c, a = self.config, self.student.architecture
+        signs = rotation_signs(a.hidden_size, c.seed).to(self.device, torch.float32) if c.r1 else None
+        return Matching(weight=c.hidden_loss, signs=signs)
 
     def _loss(self) -> Loss:
         c, counters = self.config, self.counters
@@ -127,8 +145,11 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
         c, counters = self.config, self.counters
+        if c.start != "weights" and not counters.step:
+            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
+            start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
         if c.compile == "on":
-            compile_layers(self.student, self.teacher, self._tokens(0, 1))
+            compile_layers(self.student, self.teacher, self._tokens(0, self.batch))
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
@@ -142,7 +163,7 @@ class Trainer:
                     paused = time.perf_counter()
                     line: dict[str, Any] = {}
                     if self.evaluate is not None and c.eval_every and counters.step % c.eval_every == 0:
-                        with progress.hidden():
+                        with progress.hidden(), nullcontext() if self.mean is None else self.mean.in_place():
                             line["perplexity"] = self.evaluate(self.student)
                         rate.skip(paused)
                     if counters.step % c.log_every == 0 or line or last:
@@ -150,7 +171,8 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    if caught or last or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
+                    kept = last and self.keep
+                    if caught or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
@@ -161,22 +183,28 @@ class Trainer:
         finally:
             metrics.close()
             self._plot()
+        if self.mean is not None:
+            self.mean.exchange()
 
     def _update(self, loss: Loss) -> None:
         counters = self.counters
-        set_rates(self.optimizer, rate_factor(counters.step, self.steps, self.config.warmup, self.config.lr_floor))
+        c = self.config
+        set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule))
         totals = torch.zeros(2, device=self.device)
         first = counters.step * self.accum * self.batch
         for start in range(first, first + self.accum * self.batch, self.batch):
             tokens_BT = self._tokens(start, self.batch)
-            totals += torch.stack(distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum)) / self.accum
+            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, self.matching)
+            totals += torch.stack(found) / self.accum
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         figures = (*totals.tolist(), norm.item())
         self._check(figures, tokens_BT)
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counters.step += 1
+        if self.mean is not None:
+            self.mean.add(counters.step)
         counters.unlogged.append(figures)
 
     def _line(self, rate: Rate) -> dict[str, Any]:
@@ -194,7 +222,7 @@ class Trainer:
 
     def _plot(self) -> None:
         lines = read_metrics(self.run.folder / METRICS)
-        if lines:
+        if lines and self.keep:
             plot_loss(self.run.folder / PLOT, lines, self.run.name)
 
     def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:

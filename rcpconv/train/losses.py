@@ -1,8 +1,8 @@
 """Self-distillation losses with their gradients, a chunk of tokens at a time. Knows nothing of optimizers or texts.
 
 KL is KL(teacher ‖ student). CAKLD (BitDistiller, arXiv 2402.10631) is β·KL(S ‖ T) + (1 − β)·KL(T ‖ S), with β the
-teacher's mean top probability. Gradients by the student's logits are written out, so that only a few (M, V) float32
-arrays exist at a time, whatever the batch.
+teacher's mean top probability. Beside either, residual streams may be matched. Gradients by the student's logits are
+written out, so that only a few (M, V) float32 arrays exist at a time, whatever the batch.
 
 Shape suffixes: B sequences, T positions, M tokens of a chunk, C hidden_size, V vocabulary.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcpconv.hadamard import hadamard_transform
 from rcpconv.layers import QuantTable
 from rcpconv.model import Decoder
 
@@ -76,15 +77,49 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def distill(student: Decoder, teacher: Decoder, tokens_BT: Tensor, loss: Loss, weight: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """How far the student's residual stream is from the teacher's, as a second loss."""
+
+    weight: float
+    signs: Tensor | None
+    """Of R1 (C,), which turned the student's stream; None where it is not turned."""
+
+    @torch.no_grad()
+    def turned(self, stream_BTC: Tensor) -> Tensor:
+        """The teacher's stream as the student's should be."""
+        return stream_BTC if self.signs is None else hadamard_transform(self.signs * stream_BTC, normalized=True)
+
+    def __call__(self, student: list[Tensor], taught: list[Tensor]) -> Tensor:
+        """`weight` times the squared distance as a share of the teacher's square, a mean over tokens and layers."""
+        shares = [((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in zip(student, taught, strict=True)]
+        return self.weight * torch.stack(shares).mean()
+
+
+def distill(
+    student: Decoder,
+    teacher: Decoder,
+    tokens_BT: Tensor,
+    loss: Loss,
+    weight: float,
+    matching: Matching | None = None,
+) -> tuple[Tensor, Tensor]:
     """Run both models on a batch and add `weight` times the mean loss's gradient to the student's parameters.
 
     The head runs chunk by chunk, forward and backward, on its quantized table, which is made once. Returns the batch's
     mean loss and mean KL(T ‖ S), on the device.
     """
-    with torch.no_grad():
-        taught_MC = teacher.hidden(tokens_BT).flatten(0, 1)
-    hidden_MC = student.hidden(tokens_BT).flatten(0, 1)
+    if matching is None:
+        with torch.no_grad():
+            taught_MC = teacher.hidden(tokens_BT).flatten(0, 1)
+        hidden_MC, distance = student.hidden(tokens_BT).flatten(0, 1), None
+    else:
+        with torch.no_grad():
+            taught = list(teacher.streams(tokens_BT))
+            taught_MC = teacher.head_inputs(taught[-1]).flatten(0, 1)
+            taught = list(map(matching.turned, taught))
+        streams = list(student.streams(tokens_BT))
+        hidden_MC, distance = student.head_inputs(streams[-1]).flatten(0, 1), weight * matching(streams, taught)
     assert isinstance(student.head, QuantTable)
     table, scale = student.head.quantized()
     table_leaf = table.detach().requires_grad_()
@@ -103,8 +138,11 @@ def distill(student: Decoder, teacher: Decoder, tokens_BT: Tensor, loss: Loss, w
         logits_MV.backward(gradient_MV)
         assert hidden_leaf.grad is not None
         gradient_MC[part] = hidden_leaf.grad
-    torch.autograd.backward([hidden_MC, table], [gradient_MC, table_leaf.grad])
-    return loss_sum / count, kl_sum / count
+    if distance is None:
+        torch.autograd.backward([hidden_MC, table], [gradient_MC, table_leaf.grad])
+        return loss_sum / count, kl_sum / count
+    torch.autograd.backward([hidden_MC, table, distance], [gradient_MC, table_leaf.grad, None])
+    return loss_sum / count + distance.detach() / weight, kl_sum / count
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Which parameter learns how fast, and when. Knows nothing of losses or data."""
+"""Which parameter learns how fast, by what rule, and when. Knows nothing of losses or data."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,32 +12,86 @@ from rcpconv.config import QuantizeConfig
 
 PEAK = "peak_lr"
 """Key of a parameter group: its learning rate before the schedule."""
+_TABLES = ("embed.", "head.")
+_MUON_MOMENTUM = 0.95
+
+_Group = dict[str, Any]
 
 
-def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.AdamW:
-    """AdamW with a rate each for weights, weight quantizers, clips of activations and KV, and biases and gains.
+class Together:
+    """Several optimizers, for different parameters, as one."""
 
-    Weight decay is for weights alone.
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[_Group]:
+        """Of all of them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """Make an update."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each by its place."""
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What state_dict gave."""
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(state[str(i)])
+
+
+def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.AdamW | Together:
+    """AdamW with a rate each for weights, tables, weight quantizers, clips of activations and KV, biases and gains.
+
+    Weight decay is for weights and tables alone. Where the configuration says so, Muon for the weights, its updates as
+    large as AdamW's (arXiv 2502.16982), and rates in proportion to the root mean square of a layer's weights.
     """
     assert config.lr is not None and config.quantizer_lr is not None and config.clip_lr is not None
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "quantizers": [], "clips": [], "others": []}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "tables": [], "quantizers": [], "clips": [], "others": []}
     for name, parameter in student.named_parameters():
         groups[_kind(name, parameter)].append(parameter)
-    rates = {"weights": config.lr, "quantizers": config.quantizer_lr, "clips": config.clip_lr, "others": config.lr}
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": rates[kind],
-                PEAK: rates[kind],
-                "weight_decay": config.weight_decay if kind == "weights" else 0.0,
-            }
-            for kind, parameters in groups.items()
-            if parameters
-        ],
-        betas=config.betas,
-        fused=True,
-    )
+    rates = {
+        "tables": config.lr if config.table_lr is None else config.table_lr,
+        "quantizers": config.quantizer_lr,
+        "clips": config.clip_lr,
+        "others": config.lr,
+    }
+    weights = _weight_groups(groups.pop("weights"), config)
+    others = [
+        _group(parameters, rates[kind], config.weight_decay if kind == "tables" else 0.0)
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([*weights, *others], betas=config.betas, fused=True)
+    muon = torch.optim.Muon(weights, momentum=_MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    return Together(muon, torch.optim.AdamW(others, betas=config.betas, fused=True))
+
+
+def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> _Group:
+    return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decay}
+
+
+def _weight_groups(weights: list[nn.Parameter], config: QuantizeConfig) -> list[_Group]:
+    """One group, or one a matrix when rates depend on their sizes."""
+    assert config.lr is not None
+    if config.lr_scale == "absolute":
+        return [_group(weights, config.lr, config.weight_decay)]
+    squares = [float(w.detach().double().square().mean()) for w in weights]
+    total = sum(s * w.numel() for s, w in zip(squares, weights, strict=True)) / sum(w.numel() for w in weights)
+    return [
+        _group([w], config.lr * math.sqrt(s / total), config.weight_decay)
+        for s, w in zip(squares, weights, strict=True)
+    ]
 
 
 def _kind(name: str, parameter: nn.Parameter) -> str:
@@ -44,19 +99,22 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
         return "clips"
     if ".quantizer." in name:
         return "quantizers"
+    if name.startswith(_TABLES) and parameter.ndim > 1:
+        return "tables"
     return "weights" if parameter.ndim > 1 else "others"
 
 
-def rate_factor(step: int, steps: int, warmup: float, floor: float) -> float:
-    """Share of the peak rate at update `step` (0-based) of `steps`: a line up, then a cosine down to `floor`."""
+def rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: str = "cosine") -> float:
+    """Share of the peak rate at update `step` (0-based) of `steps`: a line up, then the schedule down to `floor`."""
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    progress = (step - rising) / max(1, steps - 1 - rising)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - rising) / max(1, steps - 1 - rising))
+    share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * share
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer | Together, factor: float) -> None:
     """Every group's learning rate = its peak times the factor."""
     for group in optimizer.param_groups:
         group["lr"] = group[PEAK] * factor

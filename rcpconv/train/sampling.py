@@ -18,8 +18,6 @@ from rcpformat.architecture import TokenizerInfo
 
 SELF_EPOCHS = 2
 """How often a training uses each sampled token: on the demo model twice is as good as once, for half the sampling."""
-SELF_TOKENS = 1_000_000
-"""At most so many tokens are sampled; a longer training repeats them more often."""
 
 
 @torch.inference_mode()

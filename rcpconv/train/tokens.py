@@ -119,6 +119,21 @@ class Sequences:
         return self.token_N.take(range(start, start + self.seq_len), mode="wrap").astype(np.int64)
 
 
+class Mixture:
+    """Sequences of two sources, each in its own order: of the first one this share, evenly spread."""
+
+    def __init__(self, first: Sequences, second: Sequences, share: float) -> None:
+        self.first, self.second, self.share, self.seq_len = first, second, share, first.seq_len
+
+    def batch(self, first: int, count: int) -> NDArray[np.int64]:
+        """Sequences first .. first + count - 1 of the endless order, (B, T)."""
+        return np.concatenate([self._one(index) for index in range(first, first + count)])
+
+    def _one(self, index: int) -> NDArray[np.int64]:
+        before, after = int(index * self.share), int((index + 1) * self.share)
+        return self.first.batch(before, 1) if after > before else self.second.batch(index - before, 1)
+
+
 def _epoch_order(seed: int, count: int, seq_len: int, epoch: int) -> tuple[int, NDArray[np.int64]]:
     """(offset, permutation) of one epoch. The first epoch's offset is 0.
 

@@ -28,7 +28,6 @@ from rcpconv.errors import BadOption
         ({"tokens": 5, "steps": 5}, r"steps: 5, but tokens is given too"),
         ({"tables": "one", "head_bits": 16}, r"head_bits: 16, but one table serves head and embedding"),
         ({"eval_every": 5}, r"eval_every: 5, but there is no eval_data"),
-        ({"data": ("self", "text.txt")}, r"data: expected 'self' alone"),
         ({"model": ""}, r"model: expected a folder"),
         ({"seq_len": 1}, r"seq_len: expected at least 2"),
         ({"seed": -1}, r"seed: expected at least 0"),

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rcpconv.checkpoint import load_source
 from rcpconv.layers import ComputeOptions
-from rcpconv.prepare import original_decoder, prepare, student_decoder
+from rcpconv.prepare import Rotations, original_decoder, prepare, rotated_decoder, rotation_signs, student_decoder
 from rcpconv.train import losses
-from rcpconv.train.losses import UNKNOWN, Distillation, distill, teacher_confidence
+from rcpconv.train.losses import UNKNOWN, Distillation, Matching, distill, teacher_confidence
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -80,6 +80,33 @@ def test_the_head_in_chunks_gives_the_gradients_of_the_whole(
     before = student.head.weight.grad.clone()
     distill(student, teacher, tokens, Distillation(kind="mix"), weight=1 / 4)
     assert torch.allclose(student.head.weight.grad, 2 * before, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_streams_are_matched(tmp_path: Path, turned: bool) -> None:
+    """An unquantized student has no distance to the teacher; a quantized one has, with autograd's gradient."""
+    make_tiny_checkpoint("llama1", tmp_path)
+    source = load_source(str(tmp_path))
+    prepared = prepare(source, rotations=Rotations(r1=turned), seed=3)
+    teacher = original_decoder(source)
+    signs = rotation_signs(source.architecture.hidden_size, 3).float() if turned else None
+    matching = Matching(weight=0.5, signs=signs)
+    tokens = torch.randint(290, (2, 9), generator=torch.Generator().manual_seed(0))
+    taught = list(map(matching.turned, teacher.streams(tokens)))
+    assert matching(list(rotated_decoder(prepared).streams(tokens)), taught) < 1e-8
+    student = student_decoder(prepared, Quantization(method="ldp", r1=turned), ComputeOptions())
+    distance = matching(list(student.streams(tokens)), taught)
+    shares = [((s - t) ** 2).sum(-1) / (t**2).sum(-1) for s, t in zip(student.streams(tokens), taught, strict=True)]
+    assert distance.item() == pytest.approx(0.5 * torch.stack(shares).mean().item(), rel=1e-5)
+    kl = Distillation(kind="kl")
+    found = []
+    for extra in (None, matching):
+        student.zero_grad(set_to_none=True)
+        loss, _ = distill(student, teacher, tokens, kl, 0.25, extra)
+        found.append((loss, student.layers[0].mlp.down.weight.grad.clone()))
+    assert (found[1][0] - found[0][0]).item() == pytest.approx(distance.item(), rel=1e-4)
+    (expected,) = torch.autograd.grad(0.25 * distance, student.layers[0].mlp.down.weight)
+    torch.testing.assert_close(found[1][1] - found[0][1], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_teacher_confidence_is_the_mean_top_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,42 @@ def test_every_method_lowers_the_divergence(checkpoint: Path, text: Path, tmp_pa
     assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
 
 
+TRAINED_OTHERWISE = {
+    "reach": {"weight_reach": 0.5, "weight_range": "fixed"},
+    "rates": {"lr_scale": "relative", "table_lr": 1e-4, "schedule": "linear", "lr_floor": 0.0},
+    "muon": {"optimizer": "muon"},
+    "mean": {"ema": 0.9},
+    "streams": {"hidden_loss": 1.0},
+    "data": {"start": "data", "a_clip": 0.75},
+    "feedback": {"start": "feedback", "weight_range": "fixed"},
+}
+
+
+@pytest.mark.parametrize("settings", TRAINED_OTHERWISE.values(), ids=TRAINED_OTHERWISE)
+def test_every_way_to_train_lowers_the_divergence_and_stays_exact(
+    checkpoint: Path, text: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = train(checkpoint, text, tmp_path / "run", **settings)
+    lines = metrics(run.folder)
+    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    assert export(run, tmp_path / "model.rcp").nbytes > 0  # compares the file's weights with the trained ones
+
+
+def test_a_mean_and_two_optimizers_are_resumed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"ema": 0.9, "optimizer": "muon", "eval_data": str(text), "max_eval_tokens": 500, "eval_every": 5}
+    whole = train(checkpoint, text, tmp_path / "whole", **settings)
+
+    def begin() -> int:
+        train(checkpoint, text, tmp_path / "killed", **settings)
+        return 0
+
+    child = in_child(begin, tmp_path / "log")
+    wait_for_line(tmp_path / "killed", 6, child)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert_same_result(resume(tmp_path / "killed"), whole)
+
+
 def test_round_to_nearest_needs_no_texts_and_no_training(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     settings = {"method": "rtn", "data": ("not there",), "eval_data": str(text), "device": "cpu"}
     run = quantize(str(checkpoint), settings, out=tmp_path / "run", console=Console(quiet=True))
@@ -362,6 +398,15 @@ def test_text_sampled_from_the_model_itself(checkpoint: Path, tmp_path: Path) ->
     tokens = np.load(run.folder / "tokens" / "train.npy")
     assert len(tokens) == 2 * 2 * 2 * 24 / 2 and tokens[0] == run.tokenizer.bos_id
     assert len(set(tokens.tolist())) > 20
+
+
+def test_sampled_text_among_other_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run = train(checkpoint, text, tmp_path / "mixed", data=("self", str(text)), self_share=0.25, steps=4)
+    wanted = 4 * 2 * 2 * 24
+    assert len(np.load(run.folder / "tokens" / "self.npy")) == wanted / 4 / 2
+    assert len(np.load(run.folder / "tokens" / "train.npy")) == wanted + 24
+    few = train(checkpoint, text, tmp_path / "few", data=("self",), self_tokens=50, steps=4)
+    assert len(np.load(few.folder / "tokens" / "train.npy")) == 3 * 24  # whole sequences
 
 
 def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:

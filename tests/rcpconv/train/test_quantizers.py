@@ -1,12 +1,13 @@
 """Quantizers in training: the numbers of rcpformat.arithmetic, those that are baked, and the gradients meant."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from rcpconv.quantizers import METHODS
+from rcpconv.quantizers import METHODS, Learning, weight_quantizer
 from rcpconv.quantizers.base import from_groups, to_groups
 from rcpconv.quantizers.functional import (
     Quantized,
@@ -336,6 +337,34 @@ def test_clip_search_lowers_the_error() -> None:
         quantizer.initialise(w)
         errors[method] = (quantizer.bake(w).weights() - original).square().mean()
     assert errors["uniform"] < 0.8 * errors["rtn"]
+
+
+@pytest.mark.parametrize(("reach", "last"), [(0.0, 0.5), (0.5, 0.625), (1e9, 1.0)])
+def test_ldp_weights_learn_as_far_as_the_reach(reach: float, last: float) -> None:
+    w = torch.linspace(-1, 1, 64).repeat(2, 1).requires_grad_()
+    quantizer = weight_quantizer("ldp", (2, 64), 64, Learning(reach=reach))
+    with torch.no_grad():  # levels -1/2, -1/4, 1/4, 1/2
+        quantizer.s1.fill_(math.log(3))
+        quantizer.s2.fill_(-math.log(2))
+    integers, scale = quantizer(w)
+    (integers * scale[:, None]).sum().backward()
+    assert torch.equal(w.grad != 0, w.detach().abs() <= last)
+
+
+@pytest.mark.parametrize("method", ["ldp", "ldp-udq", "lc"])
+def test_a_fixed_range_stays_when_weights_move(method: str) -> None:
+    w = weights("normal", 12, 172)
+    moved = torch.where(w == w.amin(1, keepdim=True), 3 * w, w)
+    for fixed in (True, False):
+        quantizer = weight_quantizer(method, (12, 172), 128, Learning(fixed_range=fixed))
+        quantizer.initialise(w.clone())
+        before, after = quantizer.bake(w), quantizer.bake(moved)
+        assert (
+            torch.equal(
+                before.levels_NG4 * before.scale_N[:, None, None], after.levels_NG4 * after.scale_N[:, None, None]
+            )
+            == fixed
+        )
 
 
 def test_ldp_weight_gradient_is_straight_through_inside_the_clip_range() -> None:

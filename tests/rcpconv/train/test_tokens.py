@@ -11,7 +11,7 @@ from rcpconv.errors import BadTrainingData
 from rcpconv.train import tokens
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.texts import Piece, pieces
-from rcpconv.train.tokens import Sequences, cached, interleave, tokenize
+from rcpconv.train.tokens import Mixture, Sequences, cached, interleave, tokenize
 from rcpformat.architecture import TokenizerInfo
 from tiny_checkpoints import CHAT_TEMPLATE, byte_level_tokenizer
 
@@ -123,3 +123,16 @@ def test_order_depends_on_the_seed_alone() -> None:
 def test_too_little_text_for_one_sequence() -> None:
     with pytest.raises(BadTrainingData, match=r"hold 7 tokens, but one sequence takes 8; give more text, or a smaller"):
         Sequences(np.arange(7, dtype=np.uint16), 8, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 1.0])
+def test_a_mixture_takes_each_source_in_its_own_order(share: float) -> None:
+    first, second = Sequences(np.arange(60), 5, seed=1), Sequences(np.arange(1000, 1060), 5, seed=2)
+    mixture = Mixture(first, second, share)
+    found = mixture.batch(0, 20)
+    ours = found[found[:, 0] < 1000]
+    assert len(ours) == round(20 * share)
+    assert np.array_equal(ours, first.batch(0, len(ours)))
+    if share < 1:
+        assert np.array_equal(found[found[:, 0] >= 1000], second.batch(0, 20 - len(ours)))
+    assert np.array_equal(np.concatenate([mixture.batch(0, 7), mixture.batch(7, 13)]), found)

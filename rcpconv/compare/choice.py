@@ -1,0 +1,49 @@
+"""What the finished cells decide: a variant's rates, and which variants are worth several seeds.
+
+By the validation part alone; the held-out text decides nothing. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from rcpconv.compare.folder import Folder, Result
+from rcpconv.compare.plan import FINAL, SWEEP, Cell, Comparison, Rates
+
+
+def validation(result: Result | None) -> float | None:
+    """Perplexity on the validation part; None where there is none, or the training failed."""
+    return None if result is None or result["failed"] else float(result["validation"]["perplexity"])
+
+
+def swept(comparison: Comparison, folder: Folder, variant: str) -> dict[Rates, float | None]:
+    """What every point of the grid gave; empty where there was no sweep, or it is not over."""
+    if len(comparison.grid) == 1 or not comparison.variant(variant).trained:
+        return {}
+    results = {rates: folder.result(Cell(kind=SWEEP, variant=variant, rates=rates)) for rates in comparison.grid}
+    return {} if None in results.values() else {rates: validation(result) for rates, result in results.items()}
+
+
+def best_rates(comparison: Comparison, folder: Folder, variant: str) -> Rates | None:
+    """The point of the grid with the lowest perplexity; None where there is none yet, or all failed."""
+    if len(comparison.grid) == 1:
+        return comparison.grid[0]
+    found = {rates: value for rates, value in swept(comparison, folder, variant).items() if value is not None}
+    return min(found, key=lambda rates: found[rates], default=None)
+
+
+def final(comparison: Comparison, folder: Folder, variant: str, seed: int = 0) -> Cell | None:
+    """A variant's cell for the table; None where its rates are not chosen."""
+    if not comparison.variant(variant).trained:
+        return Cell(kind=FINAL, variant=variant, seed=seed)
+    rates = best_rates(comparison, folder, variant)
+    return None if rates is None else Cell(kind=FINAL, variant=variant, rates=rates, seed=seed)
+
+
+def best_variants(comparison: Comparison, folder: Folder) -> list[str]:
+    """The variants that are trained with all seeds: the best ones of those that are trained and of equal form."""
+    found = {}
+    for variant in comparison.variants:
+        cell = final(comparison, folder, variant.name)
+        value = validation(folder.result(cell)) if cell is not None else None
+        if variant.trained and comparison.of_equal_form(variant.name) and value is not None:
+            found[variant.name] = value
+    return sorted(found, key=lambda name: found[name])[: comparison.best]

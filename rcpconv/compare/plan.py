@@ -1,0 +1,321 @@
+"""What is compared: variants, budgets, the grid of learning rates, and the trainings that follow. Knows no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rcpconv.config import (
+    DEFAULT_CORPUS,
+    DEMO,
+    OPTIONS,
+    SELF,
+    UNTRAINED,
+    QuantizeConfig,
+    demo_recipe,
+    normalise_keys,
+)
+from rcpconv.errors import BadOption
+
+SWEEP, FINAL, ORIGINAL = "sweep", "final", "original"
+"""Kinds of cells: a training for the choice of rates, one for the table, and the unquantized model's measurement."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+_ELSEWHERE = {
+    "model": "MODEL",
+    "revision": "--revision",
+    "data": "--data",
+    "eval_data": "--text",
+    "max_eval_tokens": "--max-eval-tokens",
+    "tokens": "--tokens and --sweep-tokens",
+    "lr": "--lr-grid",
+    "seed": "--seeds",
+    "eval_every": "--curve-points",
+    "checkpoint_every": "--checkpoint-every",
+}
+"""Settings that are not a variant's to choose -> the option that decides them for all."""
+_ONLY_COMMON = ("self_tokens",)
+_ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
+_FORM = ("group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
+"""Settings that make a model larger, or easier to quantize: not a method's merit."""
+_MAY_CHANGE = ("variants", "seeds", "best")
+"""Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A point of the grid; None = ten times lr, as quantize has it."""
+
+    lr: float
+    quantizer_lr: float | None = None
+    clip_lr: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rates:
+        """ "4.5e-4", "4.5e-4:4.5e-3" or "4.5e-4:4.5e-3:4.5e-4". Raises BadOption."""
+        names, parts = ("lr", "quantizer_lr", "clip_lr"), text.split(":")
+        try:
+            values = [float(part) for part in parts]
+        except ValueError:
+            values = []
+        if not 1 <= len(values) <= len(names):
+            raise BadOption(f"lr-grid: expected rates such as 4.5e-4, or weights:quantizers:clips; found {text!r}")
+        return cls(**{name: OPTIONS[name].check(name, value) for name, value in zip(names, values, strict=False)})
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Those that are given, by their names in QuantizeConfig."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @property
+    def label(self) -> str:
+        """As `parse` takes it; the same for the same rates."""
+        return ":".join(f"{value:g}".replace("e-0", "e-") for value in self.settings.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row: a name, and the settings of quantize that make it what it is."""
+
+    name: str
+    settings: dict[str, Any]
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to train."""
+        return self.settings.get("method") not in UNTRAINED and self.settings.get("steps") != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training and its measurements, or the measurements of the original model."""
+
+    kind: str
+    variant: str = ""
+    rates: Rates | None = None
+    """None for what is not trained."""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        if self.kind == ORIGINAL:
+            return ORIGINAL
+        rates = "" if self.rates is None else f".lr{self.rates.label.replace(':', '_')}"
+        return f"{self.variant}.{self.kind}{rates}.seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that decides the figures, but for the machine. Cannot be built wrong: raises BadOption."""
+
+    model: str
+    revision: str | None = None
+    data: tuple[str, ...] = ()
+    text: str = ""
+    """Held-out: a file, demo or default. Empty = what suits the model."""
+    common: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variants: tuple[Variant, ...]
+    grid: tuple[Rates, ...]
+    tokens: int
+    sweep_tokens: int
+    seeds: int
+    best: int
+    """How many variants are trained with all seeds."""
+    validation_tokens: int
+    curve_points: int
+    window: int
+    max_eval_tokens: int | None = None
+    generations: int = 0
+    generation_tokens: int
+
+    def __post_init__(self) -> None:
+        suiting, standard = (demo_recipe(), DEMO) if self.model == DEMO else ({}, DEFAULT_CORPUS)
+        data = self.data or tuple(suiting.get("data", (standard,)))
+        suiting = {name: value for name, value in suiting.items() if name not in _ELSEWHERE}
+        for name, value in (
+            ("common", suiting | self.common),
+            ("data", tuple(map(_located, data))),
+            ("text", _located(self.text or standard)),
+            ("model", _located(self.model)),
+        ):
+            object.__setattr__(self, name, value)
+        if not self.variants:
+            raise BadOption("variants: expected at least one, found none")
+        labels = [rates.label for rates in self.grid]
+        if not labels or len(set(labels)) != len(labels):
+            raise BadOption(f"lr-grid: expected different rates, found {', '.join(labels) or 'none'}")
+        if len({len(rates.settings) for rates in self.grid}) > 1:
+            raise BadOption(f"lr-grid: expected points of one form, found {', '.join(labels)}; write all of them out")
+        if self.text not in (DEMO, DEFAULT_CORPUS):
+            if self.text in self.data:
+                raise BadOption(f"text: {self.text} is trained on; give another text that is held out")
+            if not Path(self.text).is_file():
+                raise BadOption(f"text: {self.text}: expected a text file, {DEMO} or {DEFAULT_CORPUS}; found none")
+        for variant in self.variants:
+            self.config(Cell(kind=FINAL, variant=variant.name, rates=self.grid[0]))
+
+    def variant(self, name: str) -> Variant:
+        """The variant of this name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def config(self, cell: Cell) -> QuantizeConfig:
+        """What `rcpconv quantize` would train for this cell. Raises BadOption naming the variant."""
+        variant = self.variant(cell.variant)
+        rates = cell.rates.settings if cell.rates is not None and variant.trained else {}
+        budget = self.sweep_tokens if cell.kind == SWEEP else self.tokens
+        settings = self.common | rates | variant.settings
+        fixed: dict[str, Any] = {"model": self.model, "revision": self.revision, "data": self.data, "seed": cell.seed}
+        try:
+            return QuantizeConfig(**fixed, **settings | ({"tokens": budget} if variant.trained else {}))
+        except BadOption as error:
+            raise BadOption(f"variants.{variant.name}: {error}") from None
+
+    def sweeps(self) -> list[Cell]:
+        """The trainings that choose rates: the same grid for every variant that is trained, one seed."""
+        if len(self.grid) == 1:
+            return []
+        return [
+            Cell(kind=SWEEP, variant=variant.name, rates=rates)
+            for variant in self.variants
+            if variant.trained
+            for rates in self.grid
+        ]
+
+    def of_equal_form(self, name: str) -> bool:
+        """Whether a variant has the group size, bit widths and tables that are common to all."""
+        settings = self.variant(name).settings
+        return all(settings.get(key) in (None, self.common.get(key, _DEFAULT_FORM[key])) for key in _FORM)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; equal for equal comparisons."""
+        values = dataclasses.asdict(self)
+        variants = {variant.name: _plain(variant.settings) for variant in self.variants}
+        return values | {
+            "data": list(self.data),
+            "common": _plain(self.common),
+            "variants": variants,
+            "grid": [rates.label for rates in self.grid],
+        }
+
+
+_DEFAULT_FORM = {field.name: field.default for field in dataclasses.fields(QuantizeConfig) if field.name in _FORM}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why a folder of one comparison cannot be continued as another, both as `to_json` gives them; empty = it can."""
+    found = [
+        f"{name.replace('_', '-')} was {before.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in _MAY_CHANGE and before.get(name) != value
+    ]
+    for name, settings in now["variants"].items():
+        earlier = before["variants"].get(name, settings)
+        if earlier != settings:
+            found.append(f"variant {name} was {earlier!r}, is {settings!r}")
+    return found
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def _located(name: str) -> str:
+    """A file or folder by its absolute path, so that a comparison can be continued from anywhere; other names stay."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in (DEMO, DEFAULT_CORPUS, SELF) and path.exists() else name
+
+
+def read_variants(path: Path | None) -> tuple[dict[str, Any], tuple[Variant, ...]]:
+    """Settings of all rows, and the rows, from a TOML file; None = the bundled one. Raises BadOption."""
+    where = "recipes/compare.toml" if path is None else str(path)
+    try:
+        source = resources.files("rcpconv") / "recipes" / "compare.toml" if path is None else path
+        content = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadOption(f"{where}: expected a TOML file of variants ({error})") from error
+    unknown = sorted(content.keys() - {"common", "variants"})
+    if unknown:
+        raise BadOption(f"{where}: unknown key {unknown[0]!r}; expected [common] and [variants.NAME] tables")
+    common, variants = content.get("common", {}), content.get("variants", {})
+    for name, table in (("common", common), ("variants", variants)):
+        if not isinstance(table, dict):
+            raise BadOption(f"{where}: {name}: expected a table, found {table!r}")
+    rows = []
+    for name, settings in variants.items():
+        if not _NAME.fullmatch(name):
+            raise BadOption(f"{where}: {name!r}: expected a name of letters, digits, - and _ (40 at most)")
+        if not isinstance(settings, dict):
+            raise BadOption(f"{where}: variants.{name}: expected a table of settings, found {settings!r}")
+        checked = _checked(settings, f"{where}: variants.{name}")
+        for key in _ONLY_COMMON:
+            if key in checked:
+                raise BadOption(f"{where}: variants.{name}: {key} is the same for all rows; give it in [common]")
+        rows.append(Variant(name=name, settings=checked))
+    return common_settings(common, f"{where}: common"), tuple(rows)
+
+
+def common_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings of all rows, checked. Raises BadOption."""
+    checked = _checked(settings, where)
+    for name in ("steps", *_ONLY_OF_A_VARIANT):
+        if name in checked:
+            remedy = "give --tokens" if name == "steps" else "write lr:quantizers:clips in --lr-grid"
+            raise BadOption(f"{where}: {name} is not for all rows at once; {remedy}, or give it to one variant")
+    return checked
+
+
+def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = normalise_keys(settings, where)
+    for name, value in known.items():
+        if name in _ELSEWHERE:
+            raise BadOption(f"{where}: {name} is the same for all rows; give it as {_ELSEWHERE[name]}")
+        try:
+            known[name] = OPTIONS[name].check(name, value)
+        except BadOption as error:
+            raise BadOption(f"{where}: {error}") from None
+    if known.get("steps"):
+        raise BadOption(f"{where}: steps: all rows train equally long (--tokens); expected 0, for no training")
+    return known
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """ "seq-len=1024" -> ("seq_len", 1024). Raises BadOption."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise BadOption(f"set: expected NAME=VALUE such as seq-len=1024, found {text!r}")
+    (name,) = normalise_keys({key.strip(): None}, "set")
+    option = OPTIONS[name]
+
+    def typed(part: str) -> Any:
+        if option.type is bool:
+            return {"true": True, "false": False}.get(part, part)
+        try:
+            return part if option.count else option.type(part)
+        except ValueError:
+            return part  # the check says what is wrong with it
+
+    parts = [typed(part.strip()) for part in value.split(",")]
+    return name, option.check(name, parts if option.many != 1 else typed(value.strip()))
+
+
+def choose(variants: Sequence[Variant], only: Iterable[str]) -> tuple[Variant, ...]:
+    """The variants of these names, in this order; all where none is named. Raises BadOption."""
+    known = {variant.name: variant for variant in variants}
+    names = list(dict.fromkeys(only)) or list(known)
+    for name in names:
+        if name not in known:
+            raise BadOption(f"only: no variant {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

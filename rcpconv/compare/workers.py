@@ -1,0 +1,137 @@
+"""Cells in this process, or in several side by side on one device. Knows nothing of what a cell is made of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+from rcpconv.compare.folder import Result
+from rcpconv.compare.plan import Cell
+from rcpconv.errors import ConversionError
+
+_SECONDS_TO_SAVE = 120
+"""That a worker has to leave a checkpoint when the comparison is stopped."""
+
+
+class Does(Protocol):
+    """What does a cell."""
+
+    def do(self, cell: Cell) -> Result:
+        """Train, measure, save."""
+
+
+class Alone:
+    """This process does the cells."""
+
+    def __init__(self, workshop: Does) -> None:
+        self._workshop = workshop
+
+    def each(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
+        """Every cell with its result, when it is done."""
+        for cell in cells:
+            yield cell, self._workshop.do(cell)
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    variants: set[str] = field(default_factory=set)
+    """Those that it has compiled."""
+    cell: Cell | None = None
+
+
+class SideBySide:
+    """Several processes do the cells; each takes variants that it has compiled before, as long as there are any."""
+
+    def __init__(self, workers: list[_Worker]) -> None:
+        self._workers = workers
+
+    def each(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
+        """Every cell with its result, when it is done. Raises what a worker raised; ConversionError where one died."""
+        left = list(cells)
+        for worker in self._workers:
+            self._give(worker, left)
+        while busy := {worker.pipe: worker for worker in self._workers if worker.cell is not None}:
+            for pipe in wait(list(busy)):
+                worker = busy[pipe]  # type: ignore[index]
+                cell, worker.cell = worker.cell, None
+                assert cell is not None
+                try:
+                    answer = worker.pipe.recv()
+                except EOFError:
+                    worker.process.join()
+                    raise ConversionError(
+                        f"{cell.name}: the process that trained it ended ({worker.process.exitcode}); give the same "
+                        "command again to go on, with fewer --jobs if memory was short"
+                    ) from None
+                if isinstance(answer, Exception):
+                    raise answer
+                self._give(worker, left)
+                yield cell, answer
+
+    def _give(self, worker: _Worker, left: list[Cell]) -> None:
+        if not left:
+            return
+        taken = set().union(*(other.variants for other in self._workers))
+        cell = next(
+            (c for c in left if c.variant in worker.variants),
+            next((c for c in left if c.variant not in taken), left[0]),
+        )
+        left.remove(cell)
+        worker.cell = cell
+        worker.variants.add(cell.variant)
+        worker.pipe.send(cell)
+
+
+@contextmanager
+def side_by_side(jobs: int, make: Callable[..., Does], arguments: dict[str, Any]) -> Iterator[SideBySide]:
+    """Processes that do cells, until the block ends; then they save what they are at, and end.
+
+    make(**arguments) makes what does cells in a process; both are pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for _ in range(jobs):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, make, arguments))
+        process.start()
+        theirs.close()
+        workers.append(_Worker(process=process, pipe=ours))
+    try:
+        yield SideBySide(workers)
+    finally:
+        for worker in workers:
+            worker.pipe.close()  # an idle one ends
+            if worker.cell is not None:
+                worker.process.terminate()  # a busy one saves, and ends
+        for worker in workers:
+            worker.process.join(_SECONDS_TO_SAVE)
+            if worker.process.exitcode is None:
+                worker.process.kill()
+
+
+def _work(pipe: Connection, make: Callable[..., Does], arguments: dict[str, Any]) -> None:
+    """What a worker does: cells, until there are no more."""
+    from rcpconv.train.loop import Interrupted
+
+    os.setsid()  # Ctrl-C is the first process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    workshop = make(**arguments)
+    try:
+        while True:
+            cell = pipe.recv()
+            try:
+                answer: Result | Exception = workshop.do(cell)
+            except ConversionError as error:
+                answer = error
+            pipe.send(answer)
+    except (EOFError, BrokenPipeError, Interrupted):
+        pass

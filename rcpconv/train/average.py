@@ -1,0 +1,46 @@
+"""A running mean of parameters, which is less noisy than the last ones. Knows nothing of what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class RunningMean:
+    """Exponential, with a shorter memory over the first updates."""
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.means = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take the parameters after update `step` (from 1) into the mean."""
+        decay = min(self.decay, (step - 1) / (step + 9))
+        torch._foreach_lerp_(self.means, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def load(self, means: list[Tensor]) -> None:
+        """Go on from the means of a checkpoint."""
+        for mean, value in zip(self.means, means, strict=True):
+            mean.copy_(value)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """The parameters become the means, and the means the parameters."""
+        for mean, parameter in zip(self.means, self.parameters, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the parameters are their means."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()

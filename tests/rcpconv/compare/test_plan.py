@@ -1,0 +1,161 @@
+"""What a comparison is made of: variants, grid, cells; and what is refused, with a remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcpconv.compare import plan
+from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
+from rcpconv.config import METHODS
+from rcpconv.errors import BadOption
+
+
+def comparison(**changes: Any) -> Comparison:
+    values: dict[str, Any] = {
+        "model": "demo",
+        "common": {},
+        "variants": (Variant(name="ldp", settings={"method": "ldp"}),),
+        "grid": (Rates(lr=1e-4), Rates(lr=1e-3)),
+        "tokens": 1000,
+        "sweep_tokens": 100,
+        "seeds": 2,
+        "best": 1,
+        "validation_tokens": 50,
+        "curve_points": 2,
+        "window": 32,
+        "generation_tokens": 8,
+    }
+    return Comparison(**values | changes)
+
+
+def test_bundled_variants_have_every_method_and_can_all_be_built() -> None:
+    common, variants = plan.read_variants(None)
+    assert {variant.settings.get("method", "ldp") for variant in variants} == set(METHODS)
+    names = {variant.name for variant in variants}
+    assert {"ldp-no-r1", "ldp-no-r4", "ldp-a8", "ldp-a16", "ldp-kv8", "ldp-kv16", "ldp-group64"} <= names
+    whole = comparison(common=common, variants=variants)
+    assert whole.config(Cell(kind=FINAL, variant="ldp-group64", rates=Rates(lr=1e-3))).group_size == 64
+    assert whole.config(Cell(kind=FINAL, variant="ldp-untrained")).steps == 0
+
+
+def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
+    _, variants = plan.read_variants(None)
+    whole = comparison(variants=variants)
+    points: dict[str, list[Rates | None]] = {}
+    for cell in whole.sweeps():
+        points.setdefault(cell.variant, []).append(cell.rates)
+        config = whole.config(cell)
+        assert (config.tokens, config.seed) == (100, 0)
+        assert config.lr == (cell.rates and cell.rates.lr)
+    assert points.keys() == {variant.name for variant in variants} - {"rtn", "ldp-untrained"}
+    assert set(map(tuple, points.values())) == {whole.grid}
+    assert comparison(grid=(Rates(lr=1e-3),)).sweeps() == []
+
+
+def test_rates_are_read_and_written_alike() -> None:
+    assert Rates.parse("4.5e-4").settings == {"lr": 4.5e-4}
+    assert Rates.parse("1e-3:1e-2:0").settings == {"lr": 1e-3, "quantizer_lr": 1e-2, "clip_lr": 0.0}
+    for text in ("4.5e-4", "2e-5:0.002", "1e-3:1e-2:0"):
+        assert Rates.parse(Rates.parse(text).label) == Rates.parse(text)
+
+
+def test_own_settings_of_a_variant_beat_the_grid_and_what_is_common() -> None:
+    frozen = Variant(name="frozen", settings={"clip_lr": 0.0, "loss": "kl"})
+    whole = comparison(variants=(frozen,), common={"loss": "mix", "a_bits": 8}, grid=(Rates.parse("1e-3:2e-3:3e-3"),))
+    config = whole.config(Cell(kind=FINAL, variant="frozen", rates=whole.grid[0], seed=3))
+    assert (config.lr, config.quantizer_lr, config.clip_lr, config.loss, config.a_bits) == (1e-3, 2e-3, 0.0, "kl", 8)
+    assert config.seed == 3
+
+
+def test_equal_form() -> None:
+    settings: dict[str, dict[str, Any]] = {"same": {"a_bits": 8}, "lc": {"method": "lc"}, "a4": {"a_bits": 4}}
+    whole = comparison(
+        common={"a_bits": 8}, variants=tuple(Variant(name=name, settings=each) for name, each in settings.items())
+    )
+    assert [whole.of_equal_form(name) for name in settings] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("seq-len=64", ("seq_len", 64)),
+        ("r1=false", ("r1", False)),
+        ("betas=0.9, 0.99", ("betas", (0.9, 0.99))),
+        ("loss=kl", ("loss", "kl")),
+    ],
+)
+def test_settings_from_the_command_line(text: str, value: tuple[str, Any]) -> None:
+    assert plan.parse_setting(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seq-len", "expected NAME=VALUE"),
+        ("seq-len=many", "expected an integer"),
+        ("r1=maybe", "expected true or false"),
+        ("grup-size=64", "did you mean 'group_size'"),
+    ],
+)
+def test_bad_settings(text: str, message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        plan.parse_setting(text)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[variants.a]\nmethd = 'ldp'", r"variants.a: unknown key 'methd'; did you mean 'method'"),
+        ("[variants.a]\nmethod = 'qat'", r"variants.a: method: expected one of ldp"),
+        ("[variants.a]\nlr = 1e-3", r"variants.a: lr is the same for all rows; give it as --lr-grid"),
+        ("[variants.a]\ntokens = '1M'", r"--tokens"),
+        ("[variants.a]\nsteps = 5", r"all rows train equally long"),
+        ("[variants.'a b']\nmethod = 'ldp'", r"'a b': expected a name"),
+        ("[variants]\na = 'ldp'", r"variants.a: expected a table"),
+        ("[common]\nquantizer-lr = 1e-3", r"common: quantizer_lr .* --lr-grid"),
+        ("[variant.a]\nmethod = 'ldp'", r"unknown key 'variant'; expected \[common\] and \[variants.NAME\]"),
+        ("[variants.a", r"expected a TOML file"),
+    ],
+)
+def test_bad_files_of_variants(tmp_path: Path, toml: str, message: str) -> None:
+    (tmp_path / "variants.toml").write_text(toml)
+    with pytest.raises(BadOption, match=message) as error:
+        plan.read_variants(tmp_path / "variants.toml")
+    assert "variants.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ()}, "expected at least one"),
+        ({"grid": ()}, "expected different rates, found none"),
+        ({"grid": (Rates(lr=1e-3), Rates(lr=1e-3))}, "expected different rates"),
+        ({"grid": (Rates(lr=1e-3), Rates(lr=1e-4, clip_lr=0.0))}, "points of one form"),
+        ({"text": "nowhere.txt"}, "nowhere.txt: expected a text file"),
+        ({"data": (__file__,), "text": __file__}, "is trained on"),
+        (
+            {"variants": (Variant(name="odd", settings={"tables": "one", "head_bits": 16}),)},
+            "variants.odd: head_bits: 16, but one table",
+        ),
+    ],
+)
+def test_bad_comparisons(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        comparison(**changes)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    _, variants = plan.read_variants(None)
+    assert [variant.name for variant in plan.choose(variants, ["seq", "lc", "seq"])] == ["seq", "lc"]
+    with pytest.raises(BadOption, match="no variant 'ldp-a6', did you mean 'ldp-a"):
+        plan.choose(variants, ["ldp-a6"])
+
+
+def test_what_may_differ_when_a_folder_is_continued() -> None:
+    before = comparison().to_json()
+    more = (*comparison().variants, Variant(name="lc", settings={"method": "lc"}))
+    assert plan.differences(before, comparison(variants=more, seeds=5, best=2).to_json()) == []
+    assert plan.differences(before, comparison(tokens=2000).to_json()) == ["tokens was 1000, is 2000"]
+    other = comparison(variants=(Variant(name="ldp", settings={"method": "seq"}),)).to_json()
+    assert plan.differences(before, other) == ["variant ldp was {'method': 'ldp'}, is {'method': 'seq'}"]
