@@ -27,6 +27,7 @@ TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
+LEVEL_GRADIENTS = ("exact", "residual")
 RANGES = ("moving", "fixed")
 LR_SCALES = ("absolute", "relative")
 STARTS = ("weights", "data", "feedback")
@@ -303,6 +304,12 @@ class QuantizeConfig:
         low=0,
         group=TRAINING,
         help="How far beyond the outer levels a weight still learns, in steps between levels (ldp, r2q).",
+    )
+    level_gradient: str = _option(
+        "exact",
+        choices=LEVEL_GRADIENTS,
+        group=TRAINING,
+        help="Levels learn from all of their weights, or (residual) from what rounding changes, as in LSQ (ldp, r2q).",
     )
     weight_range: str = _option(
         "moving",

@@ -149,6 +149,7 @@ def test_every_method_lowers_the_divergence(checkpoint: Path, text: Path, tmp_pa
 
 TRAINED_OTHERWISE = {
     "reach": {"weight_reach": 0.5, "weight_range": "fixed"},
+    "levels": {"level_gradient": "residual"},
     "rates": {"lr_scale": "relative", "table_lr": 1e-4, "schedule": "linear", "lr_floor": 0.0},
     "muon": {"optimizer": "muon"},
     "mean": {"ema": 0.9},
