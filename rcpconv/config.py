@@ -325,6 +325,14 @@ class QuantizeConfig:
         group=TRAINING,
         help="Weight of a second loss: how far the residual stream after each layer is from the teacher's.",
     )
+    hidden_end: float = _option(
+        1.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of --hidden-loss that is left at the end, after falling in a line.",
+    )
     weight_decay: float = _option(
         0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."
     )

@@ -222,7 +222,7 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "grad_checkpointing": "on", "compile": "off", "seed": 4, "checkpoint_every": 9, "keep_checkpoints": 3,
         "log_every": 2, "eval_every": 7, "self_tokens": 99, "self_share": 0.3, "table_lr": 4e-3, "lr_scale": "relative",
         "optimizer": "muon", "schedule": "linear", "ema": 0.9, "start": "data", "a_clip": 0.8, "weight_reach": 0.5,
-        "weight_range": "fixed", "level_gradient": "residual", "hidden_loss": 0.7,
+        "weight_range": "fixed", "level_gradient": "residual", "hidden_loss": 0.7, "hidden_end": 0.1,
     }  # fmt: skip
     arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4"]
     for name, value in values.items():

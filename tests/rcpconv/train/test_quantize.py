@@ -153,7 +153,7 @@ TRAINED_OTHERWISE = {
     "rates": {"lr_scale": "relative", "table_lr": 1e-4, "schedule": "linear", "lr_floor": 0.0},
     "muon": {"optimizer": "muon"},
     "mean": {"ema": 0.9},
-    "streams": {"hidden_loss": 1.0},
+    "streams": {"hidden_loss": 1.0, "hidden_end": 0.0},
     "data": {"start": "data", "a_clip": 0.75},
     "feedback": {"start": "feedback", "weight_range": "fixed"},
 }
