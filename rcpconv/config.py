@@ -27,6 +27,7 @@ TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
+LEVEL_GRADIENTS = ("exact", "residual")
 RANGES = ("moving", "fixed")
 LR_SCALES = ("absolute", "relative")
 STARTS = ("weights", "data", "feedback")
@@ -304,6 +305,12 @@ class QuantizeConfig:
         group=TRAINING,
         help="How far beyond the outer levels a weight still learns, in steps between levels (ldp, r2q).",
     )
+    level_gradient: str = _option(
+        "exact",
+        choices=LEVEL_GRADIENTS,
+        group=TRAINING,
+        help="Levels learn from all of their weights, or (residual) from what rounding changes, as in LSQ (ldp, r2q).",
+    )
     weight_range: str = _option(
         "moving",
         choices=RANGES,
@@ -317,6 +324,14 @@ class QuantizeConfig:
         low=0,
         group=TRAINING,
         help="Weight of a second loss: how far the residual stream after each layer is from the teacher's.",
+    )
+    hidden_end: float = _option(
+        1.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of --hidden-loss that is left at the end, after falling in a line.",
     )
     weight_decay: float = _option(
         0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."

@@ -271,7 +271,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         machine=machine,
         sizes=account(architecture, quantization, tied_checkpoint=tied),
         memory=memory,
-        checkpoint_bytes=(1 + _OPTIMIZER_STATES) * parameters if steps else 0,
+        checkpoint_bytes=(1 + _optimizer_states(config)) * parameters if steps else 0,
         steps=steps,
         seconds=steps * _step_seconds(config, architecture, machine),
     )
@@ -321,6 +321,11 @@ def _batches(config: QuantizeConfig) -> Iterator[QuantizeConfig]:
                 yield config.changed(batch_size=size, grad_accum=accum, grad_checkpointing=switch)
 
 
+def _optimizer_states(config: QuantizeConfig) -> int:
+    """Float32 values beside each parameter: AdamW's two (Muon has one, for weights), and a running mean."""
+    return _OPTIMIZER_STATES + (1 if config.ema else 0)
+
+
 def _linear_weights(architecture: Architecture) -> int:
     return architecture.num_layers * sum(math.prod(spec.linear_shape(architecture, kind)) for kind in spec.LINEARS)
 
@@ -344,12 +349,13 @@ def _memory(
     )
     largest = max(table, *map(math.prod, shapes))
     chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
+    matched = 2 * a.num_layers * tokens * _FLOAT32 * a.hidden_size if config.hidden_loss else 0
     needs = {
         "weights and quantizers": trained,
         "gradients": trained,
-        "optimizer": _OPTIMIZER_STATES * trained,
+        "optimizer": _optimizer_states(config) * trained,
         "original model": (_BFLOAT16 if half else _FLOAT32) * (linear + 2 * table),
-        "activations": round(activations),
+        "activations": round(activations) + matched,
         "working space": _FLOAT32 * (6 * largest + 6 * chunk),
     }
     return {name: needs[name] for name in _UNTRAINED_NEEDS} if config.steps == 0 else needs

@@ -294,7 +294,11 @@ def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
-    learning = Learning(reach=c.weight_reach, fixed_range=c.weight_range == "fixed")
+    learning = Learning(
+        reach=c.weight_reach,
+        residual_levels=c.level_gradient == "residual",
+        fixed_range=c.weight_range == "fixed",
+    )
     return student_decoder(
         prepared, plan.quantization, options, device=plan.machine.device, learning=learning, a_clip=c.a_clip
     )

@@ -23,6 +23,8 @@ class Learning:
 
     reach: float = 0.0
     """ldp and r2q: how far beyond the outer levels, in steps to their neighbours, a weight still has a gradient."""
+    residual_levels: bool = False
+    """ldp and r2q: levels learn from what rounding changes, as LSQ's step does, not from all of their weights."""
     fixed_range: bool = False
     """ldp, ldp-udq and lc: clips refer to the extremes that a group had at the start, not to those it has."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpconv.quantizers.base import WeightQuantizer
+from rcpconv.quantizers.base import SMALLEST_SPAN, WeightQuantizer
 from rcpformat import spec
 
 LAST = spec.LEVELS_PER_GROUP - 1
@@ -30,17 +30,40 @@ def sums_by_code(values_NGg: Tensor, code_NGg: Tensor) -> Tensor:
     return torch.stack([torch.where(code_NGg == c, values_NGg, 0.0).sum(-1) for c in range(4)], dim=-1)
 
 
+def sums_by_place(values_NGg: Tensor, weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
+    """(N, G, 4): the sum of the values, each shared by the two levels that its weight lies between, by nearness.
+
+    A weight beyond the outer levels counts for none.
+    """
+    inside = (weight_NGg >= levels_NG4[..., :1]) & (weight_NGg <= levels_NG4[..., LAST:])
+    sums, above = [], torch.where(inside, values_NGg, 0.0)
+    for c in range(LAST):
+        low_NG1, high_NG1 = levels_NG4[..., c : c + 1], levels_NG4[..., c + 1 : c + 2]
+        share = ((weight_NGg - low_NG1) / (high_NG1 - low_NG1).clamp(min=SMALLEST_SPAN)).clamp(0, 1)
+        further = torch.where(inside, values_NGg * share, 0.0)
+        sums.append((above - further).sum(-1))
+        above = further
+    return torch.stack([*sums, above.sum(-1)], dim=-1)
+
+
 class _SelectLevels(torch.autograd.Function):
     """out = rounded level[code], with code the level nearest to the weight.
 
-    Gradients: for the levels exact (each gets the sum over its weights); for the weight straight through where it
-    lies between the outer levels, or within `reach` steps of them, divided by the row scale, since the output is in
-    units of it.
+    Gradients: for the levels exact (each gets the sum over its weights), or with `residual` those of rounding taken for
+    the identity, as in LSQ (arXiv 1902.08153), for levels anywhere: a weight between two levels is their mean weighted
+    by its place, and pulls each by as much less. For the weight straight through where it lies between the outer
+    levels, or within `reach` steps of them, divided by the row scale, since the output is in units of it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight_NGg: Tensor, rounded_NG4: Tensor, levels_NG4: Tensor, scale_N: Tensor, reach: float
+        ctx: Any,
+        weight_NGg: Tensor,
+        rounded_NG4: Tensor,
+        levels_NG4: Tensor,
+        scale_N: Tensor,
+        reach: float,
+        residual: bool,
     ) -> Tensor:
         code = assign(weight_NGg, levels_NG4)
         low_NG1, high_NG1 = levels_NG4[..., :1], levels_NG4[..., 3:]
@@ -48,14 +71,19 @@ class _SelectLevels(torch.autograd.Function):
             low_NG1 = low_NG1 - reach * (levels_NG4[..., 1:2] - low_NG1)
             high_NG1 = high_NG1 + reach * (high_NG1 - levels_NG4[..., 2:3])
         inside = (weight_NGg >= low_NG1) & (weight_NGg <= high_NG1)
-        ctx.save_for_backward(code + inside.to(torch.uint8) * _INSIDE, scale_N)
+        ctx.save_for_backward(
+            code + inside.to(torch.uint8) * _INSIDE, scale_N, *((weight_NGg, levels_NG4) if residual else ())
+        )
         return torch.gather(rounded_NG4, 2, code.long())
 
     @staticmethod
     def backward(ctx: Any, grad_NGg: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale_N = ctx.saved_tensors
+        packed, scale_N, *saved = ctx.saved_tensors
         grad_weight = torch.where(packed >= _INSIDE, grad_NGg, 0.0) / scale_N[:, None, None]
-        return grad_weight, sums_by_code(grad_NGg, packed & _CODE_BITS), None, None, None
+        grad_levels = sums_by_code(grad_NGg, packed & _CODE_BITS)
+        if saved:
+            grad_levels = grad_levels - sums_by_place(grad_NGg, *saved)
+        return grad_weight, grad_levels, None, None, None, None
 
 
 def assign(weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
@@ -80,7 +108,8 @@ class NearestLevel(WeightQuantizer):
     def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
         """See WeightQuantizer."""
         levels_NG4 = levels_NG4.detach()
-        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4, scale_N, self.learning.reach)  # type: ignore[no-untyped-call, no-any-return]
+        how = self.learning
+        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4, scale_N, how.reach, how.residual_levels)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _RoundPosition(torch.autograd.Function):

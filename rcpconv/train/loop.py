@@ -97,7 +97,6 @@ class Trainer:
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(student, config)
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
-        self.matching = self._matching() if config.hidden_loss else None
         self.counters = Counters()
         self._load()
 
@@ -129,10 +128,14 @@ class Trainer:
         """(B, T) sequences of the endless order."""
         return torch.from_numpy(self.sequences.batch(first, count)).to(self.device)
 
-    def _matching(self) -> Matching:
+    def _matching(self) -> Matching | None:
+        """How the next update matches residual streams, if at all."""
         c, a = self.config, self.student.architecture
+        if not c.hidden_loss:
+            return None
         signs = rotation_signs(a.hidden_size, c.seed).to(self.device, torch.float32) if c.r1 else None
-        return Matching(weight=c.hidden_loss, signs=signs)
+        left = 1 - (1 - c.hidden_end) * self.counters.step / self.steps
+        return Matching(weight=left * c.hidden_loss, signs=signs)
 
     def _loss(self) -> Loss:
         c, counters = self.config, self.counters
@@ -191,10 +194,10 @@ class Trainer:
         c = self.config
         set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule))
         totals = torch.zeros(2, device=self.device)
-        first = counters.step * self.accum * self.batch
+        first, matching = counters.step * self.accum * self.batch, self._matching()
         for start in range(first, first + self.accum * self.batch, self.batch):
             tokens_BT = self._tokens(start, self.batch)
-            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, self.matching)
+            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, matching)
             totals += torch.stack(found) / self.accum
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         figures = (*totals.tolist(), norm.item())

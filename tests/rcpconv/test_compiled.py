@@ -9,7 +9,7 @@ from rcpconv.checkpoint import load_source
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.prepare import prepare, student_decoder
-from rcpconv.quantizers import METHODS
+from rcpconv.quantizers import METHODS, Learning, weight_quantizer
 from rcpconv.train.compiling import distances, layer_gradients, rounding_noise
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
@@ -44,10 +44,18 @@ def test_a_layer_compiles_whole_and_gives_the_same_gradients(tmp_path) -> None:
         pytest.param("inductor", "cuda", marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_every_weight_quantizer_compiles_whole_and_gives_the_same(method: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "learning"),
+    [
+        *((method, Learning()) for method in METHODS),
+        ("ldp", Learning(reach=0.5, residual_levels=True, fixed_range=True)),
+    ],
+)
+def test_every_weight_quantizer_compiles_whole_and_gives_the_same(
+    method: str, learning: Learning, backend: str, device: str
+) -> None:
     w = 0.05 * torch.randn(8, 172, generator=torch.Generator().manual_seed(0)).to(device)
-    quantizer = METHODS[method](8, 172, 128).to(device)
+    quantizer = weight_quantizer(method, (8, 172), 128, learning).to(device)
     quantizer.initialise(w)
     torch._dynamo.reset()
     inputs, found = [w.requires_grad_(), *quantizer.parameters()], []

@@ -149,10 +149,11 @@ def test_every_method_lowers_the_divergence(checkpoint: Path, text: Path, tmp_pa
 
 TRAINED_OTHERWISE = {
     "reach": {"weight_reach": 0.5, "weight_range": "fixed"},
+    "levels": {"level_gradient": "residual"},
     "rates": {"lr_scale": "relative", "table_lr": 1e-4, "schedule": "linear", "lr_floor": 0.0},
     "muon": {"optimizer": "muon"},
     "mean": {"ema": 0.9},
-    "streams": {"hidden_loss": 1.0},
+    "streams": {"hidden_loss": 1.0, "hidden_end": 0.0},
     "data": {"start": "data", "a_clip": 0.75},
     "feedback": {"start": "feedback", "weight_range": "fixed"},
 }

@@ -351,6 +351,21 @@ def test_ldp_weights_learn_as_far_as_the_reach(reach: float, last: float) -> Non
     assert torch.equal(w.grad != 0, w.detach().abs() <= last)
 
 
+def test_residual_gradients_of_even_levels_are_those_of_lsq() -> None:
+    """`ldp` with equal parts against `lc`, whose gradients are those of the formula with rounding as the identity."""
+    w = weights("normal", 12, 172).requires_grad_()
+    found = []
+    for method, learning in (("lc", Learning()), ("ldp", Learning(residual_levels=True)), ("ldp", Learning())):
+        quantizer = weight_quantizer(method, (12, 172), 128, learning)  # σ = ½ of either extreme, equal parts
+        integers, scale = quantizer(w)
+        loss = (integers * scale[:, None] * torch.linspace(-3, 5, w.numel()).sin().reshape(w.shape)).sum()
+        found.append(torch.autograd.grad(loss, [w, quantizer.beta, quantizer.gamma]))
+    for lsq, residual, exact in zip(*found, strict=True):
+        assert (residual - lsq).norm() < 1e-3 * lsq.norm()
+        torch.testing.assert_close(exact.isfinite(), lsq.isfinite())
+    assert not torch.allclose(found[2][1], found[0][1], rtol=0.1)
+
+
 @pytest.mark.parametrize("method", ["ldp", "ldp-udq", "lc"])
 def test_a_fixed_range_stays_when_weights_move(method: str) -> None:
     w = weights("normal", 12, 172)

@@ -37,7 +37,7 @@ def test_rows_begin_with_bos_which_also_follows_eos(tmp_path: Path, monkeypatch:
     teacher = original_decoder(load_source(str(tmp_path)))
     info = TokenizerInfo(bos_id=0, eos_ids=tuple(range(100, 200)), add_bos=True)
     told: list[int] = []
-    monkeypatch.setattr(cached, "_LARGEST_BATCH", 4)
+    monkeypatch.setitem(cached._LARGEST_BATCH, "cpu", 4)
     rows = list(sample(teacher, info, tokens=10 * 16 - 5, seq_len=16, seed=1, tell=told.append))
     assert told == [64, 128, 155] and [len(row) for row in rows] == [16] * 10
     assert all(row[0] == 0 for row in rows)
