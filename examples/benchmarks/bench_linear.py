@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats", "runtime")
 import shapes  # noqa: E402
 from rcpformat.architecture import Architecture  # noqa: E402
 from rcprun.backends.cuda import linear as ops  # noqa: E402
+from rcprun.backends.cuda import norm  # noqa: E402
 from rcprun.backends.cuda.bandwidth import read_bandwidth  # noqa: E402
 
 SHAPES = {
@@ -113,11 +114,24 @@ class Model:
             (ops.STORE, ops.ADD, ops.SWIGLU, ops.ADD) if fused else (ops.STORE, ops.STORE, ops.SWIGLU, ops.STORE)
         )
         outs = [cupy.zeros((batch, weights.n), np.float32) for weights in self.layers[0]]
+        quantized = {width: codes(width) for width in {hidden, heads}}
+
+        def prepared(given: dict[str, Any]) -> dict[str, Any]:
+            """Of several tokens, floats are quantized by a kernel of their own, as in decoding."""
+            if batch == 1 or given["prologue"] == ops.CODES:
+                return given
+            to = quantized[given["x"].shape[1]]
+            settings = {"clip": options["clip"], "bits": options["a_bits"]}
+            if given["prologue"] == ops.NORMALIZE:
+                norm.norm_quantize(given["x"], to["x"], to["x_scale"], eps=np.float32(options["eps"]), **settings)
+            else:
+                norm.quantize(given["x"], to["x"], to["x_scale"], **settings)
+            return to
 
         def launch() -> None:
             for layer in self.layers:
                 for weights, given, epilogue, out in zip(layer, inputs, epilogues, outs, strict=True):
-                    ops.linear(weights, out=out, epilogue=epilogue, overlap=True, **given, **options)
+                    ops.linear(weights, out=out, epilogue=epilogue, overlap=True, **prepared(given), **options)
 
         return launch
 
