@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("formats", "runtime")]
 
 from rcpformat.reader import RcpFile  # noqa: E402
-from rcprun.backends.cuda.backend import CudaBackend, Operation, kind_for  # noqa: E402
+from rcprun.backends.cuda.backend import CudaBackend, kind_for  # noqa: E402
+from rcprun.backends.cuda.network import Operation  # noqa: E402
 from rcprun.bench import cache_bytes  # noqa: E402
 from rcprun.sampling import SamplingOptions  # noqa: E402
 

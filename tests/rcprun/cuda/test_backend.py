@@ -72,12 +72,12 @@ def test_logits_are_those_of_the_numpy_backend(tmp_path: Path, name: str) -> Non
 
 def test_strips_of_a_pass_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to the bit: the transform of few tokens is computed in another order."""
-    from rcprun.backends.cuda import backend
+    from rcprun.backends.cuda import buffers
 
     tokens, found = list(range(60)), []
     for strip in (64, 25):
-        monkeypatch.setattr(backend, "_ROUND_STRIP", strip)
-        monkeypatch.setattr(backend, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(buffers, "_ROUND_STRIP", strip)
+        monkeypatch.setattr(buffers, "_STRIP_BYTES", 1)
         folder = tmp_path / str(strip)
         folder.mkdir()
         found.append(np.concatenate(list(backends(folder, "plain")[0].forward_all(tokens))))
@@ -122,7 +122,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated(tmp_path: Path, 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_memory_that_is_asked_for_is_what_is_held(tmp_path: Path, streams: int) -> None:
     """But for the padding of these small layers, and what CUDA takes by itself."""
-    from rcprun.backends.cuda.backend import plan_memory
+    from rcprun.backends.cuda.plan import plan_memory
 
     ours = cuda_backend(tmp_path, streams=streams)
     plan = plan_memory(RcpFile.open(tmp_path / "model.rcp"), 64, streams)

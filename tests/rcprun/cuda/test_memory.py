@@ -18,7 +18,8 @@ def test_all_that_is_held_was_planned(tmp_path: Path, streams: int, context: int
     """Arrays after long and short prompts and decoding; CUDA's own memory is not among them."""
     import cupy
 
-    from rcprun.backends.cuda.backend import _CUDA_BYTES, CudaBackend, plan_memory
+    from rcprun.backends.cuda.backend import CudaBackend
+    from rcprun.backends.cuda.plan import CUDA_BYTES, plan_memory
     from rcprun.sampling import SamplingOptions
 
     architecture = dataclasses.replace(WIKI_22M, num_layers=2, vocab_size=4000, max_position_embeddings=2048)
@@ -33,5 +34,5 @@ def test_all_that_is_held_was_planned(tmp_path: Path, streams: int, context: int
     for _ in range(4):
         assert backend.advance()
     held = pool.used_bytes() - before
-    planned = plan_memory(file, context, streams).total - _CUDA_BYTES
+    planned = plan_memory(file, context, streams).total - CUDA_BYTES
     assert 0.9 * planned < held < 1.02 * planned + (1 << 20), f"{held:,} bytes held, {planned:,} planned"
