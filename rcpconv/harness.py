@@ -230,7 +230,9 @@ class Tasks:
             if manager is None or not set(self.names) <= set(manager.all_tasks):
                 manager = TaskManager(include_path=folder)  # with thousands of the harness's own: many seconds
             if unknown := sorted(set(self.names) - set(manager.all_tasks)):
-                raise EvaluationFailed(f"tasks: lm-evaluation-harness knows no {unknown[0]!r}; see --tasks-path")
+                raise EvaluationFailed(
+                    f"tasks: {unknown[0]!r}: lm-evaluation-harness knows no such task; see --tasks-path"
+                )
             found = simple_evaluate(
                 type("Torch", (Answers, LM), {})(decoder, tokenizer_json, info),
                 tasks=list(self.names),

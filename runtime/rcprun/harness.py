@@ -132,7 +132,7 @@ def run_tasks(
         # Finding the thousands of the harness's own takes many seconds.
         manager = own if own and set(tasks) <= set(own.all_tasks) else TaskManager(include_path=folder and str(folder))
         if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-            raise BadRequest(f"tasks: {unknown[0]}: lm-evaluation-harness knows no such task; see --tasks-path")
+            raise BadRequest(f"tasks: {unknown[0]!r}: lm-evaluation-harness knows no such task; see --tasks-path")
         found = simple_evaluate(
             type("Runtime", (Answers, LM), {})(model),
             tasks=list(tasks),
