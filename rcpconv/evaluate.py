@@ -306,7 +306,7 @@ def evaluate(
         tokens=sum(len(tokens) - 1 for tokens in windows),
         models=results,
         agreement=differences,
-        generations=None if task is None else task.generations(written),
+        generations=None if task is None else task.generations(written, ORIGINAL),
     )
 
 
@@ -330,6 +330,7 @@ def render(evaluation: Evaluation, console: Console) -> None:
         console.print(table)
     if evaluation.generations is not None:
         console.print(generation_table(evaluation.generations))
+        console.print(f"Generations: {evaluation.generations.verdict}.", highlight=False, soft_wrap=True)
 
 
 def generation_table(found: Generations) -> Table:
