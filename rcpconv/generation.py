@@ -181,7 +181,7 @@ class GenerationResult:
 
 
 def verdict(results: Sequence[GenerationResult], reference: str) -> str:
-    """One sentence: which models collapsed into repetition, decoding by decoding, against the model named `reference`."""
+    """Which models collapsed into repetition, decoding by decoding, against the model named `reference`."""
     original = {result.decoding: result.repetition.rate for result in results if result.name == reference}
     judged = [result for result in results if result.decoding in original and result.name != reference]
     if not judged:
