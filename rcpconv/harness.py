@@ -63,7 +63,7 @@ class Answers:
         return self._score([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """(text,) -> log-likelihood of all of it, in windows of the model's context."""
+        """(text,) -> log-likelihood of all of it after one BOS, in windows of the model's context."""
         texts = [[self._prefix(), *self._encode(*request.args)] for request in requests]
         pieces = [list(windows(tokens, self.context)) for tokens in texts]
         scores = iter(self._score([piece for of_text in pieces for piece in of_text]))

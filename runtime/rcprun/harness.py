@@ -41,7 +41,7 @@ class Answers:
         return [self._score(*self._pair(*request.args)) for request in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """(text,) -> log-likelihood of all of it, in windows of the model's context."""
+        """(text,) -> log-likelihood of all of it after one BOS, in windows of the model's context."""
         found = []
         for request in requests:
             tokens = [self._prefix(), *self.model.tokenizer.encode_raw(*request.args)]
