@@ -45,6 +45,10 @@ DEFAULT_CORPUS = "default"
 SELF = "self"
 """As a text: sampled from the model itself."""
 
+RECIPES = ("demo", "paper")
+"""Bundled recipes, by name."""
+BUNDLED = resources.files("rcpconv") / "recipes"
+
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGbB]?)")
 _COUNT_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
@@ -479,23 +483,27 @@ def normalise_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return known
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a TOML recipe, by field name, unchecked but for their names. Raises BadOption."""
+def read_recipe(recipe: Path | str) -> dict[str, Any]:
+    """The settings of a TOML recipe, by field name, unchecked but for their names. Raises BadOption.
+
+    recipe: a file; as a string, the name of a bundled one (RECIPES) comes first.
+    """
+    path = BUNDLED / f"{recipe}.toml" if recipe in RECIPES else Path(recipe)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadOption(f"{path}: expected a TOML recipe ({error})") from error
-    return normalise_keys(values, str(path))
+        raise BadOption(f"{recipe}: expected a TOML recipe, or {' or '.join(RECIPES)} ({error})") from error
+    return normalise_keys(values, str(recipe))
 
 
-def build_config(model: str | None, recipe: Path | None, given: Mapping[str, Any]) -> QuantizeConfig:
+def build_config(model: str | None, recipe: Path | str | None, given: Mapping[str, Any]) -> QuantizeConfig:
     """Merge settings: the command line's (`model`, `given`) beat the recipe's, which beat the defaults.
 
-    The demo model has defaults of its own (rcpconv/recipes/demo.toml). Raises BadOption.
+    The demo model has defaults of its own (the recipe `demo`). recipe: as for read_recipe. Raises BadOption.
     """
     settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
     if (model or settings.get("model")) == DEMO:
-        settings = beating(demo_recipe(), settings)
+        settings = beating(read_recipe(DEMO), settings)
     settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
 
@@ -505,9 +513,3 @@ def beating(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str,
     if {"steps", "tokens"} & stronger.keys():
         weaker = {name: value for name, value in weaker.items() if name not in ("steps", "tokens")}
     return dict(weaker) | dict(stronger)
-
-
-def demo_recipe() -> dict[str, Any]:
-    """Settings that suit the bundled model on two CPU cores."""
-    text = (resources.files("rcpconv") / "recipes" / "demo.toml").read_text(encoding="utf-8")
-    return normalise_keys(tomllib.loads(text), "recipes/demo.toml")

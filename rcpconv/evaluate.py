@@ -260,7 +260,7 @@ def evaluate(
     if generations and not {ORIGINAL, FAKE_QUANT} & set(wanted):
         raise EvaluationFailed("generations are written by the torch models: name a run with --run, and skip less")
     target = pick_device(device)
-    model = _Quantized.of(run, rcp)
+    model = Quantized.of(run, rcp)
     context = model.architecture.max_position_embeddings
     window = window or min(DEFAULT_WINDOW, context)
     if window > context:
@@ -306,7 +306,7 @@ def evaluate(
         tokens=sum(len(tokens) - 1 for tokens in windows),
         models=results,
         agreement=differences,
-        generations=None if task is None else task.generations(written),
+        generations=None if task is None else task.generations(written, ORIGINAL),
     )
 
 
@@ -330,6 +330,7 @@ def render(evaluation: Evaluation, console: Console) -> None:
         console.print(table)
     if evaluation.generations is not None:
         console.print(generation_table(evaluation.generations))
+        console.print(f"Generations: {evaluation.generations.verdict}.", highlight=False, soft_wrap=True)
 
 
 def generation_table(found: Generations) -> Table:
@@ -365,7 +366,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quantized:
+class Quantized:
     """What is the same for a run and its file."""
 
     base_model: str | None
@@ -377,7 +378,7 @@ class _Quantized:
     tensor: Callable[[str], NDArray[Any]]
 
     @classmethod
-    def of(cls, run: Run | None, rcp: Path | None) -> _Quantized:
+    def of(cls, run: Run | None, rcp: Path | None) -> Quantized:
         """Of a run, of a file, or of a file that was exported from the run (EvaluationFailed when it was not)."""
         of_file = of_run = None
         if rcp is not None:
@@ -411,7 +412,7 @@ class _Quantized:
         assert chosen is not None
         return chosen
 
-    def _exported_as(self, file: _Quantized) -> bool:
+    def _exported_as(self, file: Quantized) -> bool:
         same = ("architecture", "quantization", "tokenizer_json")
         if any(getattr(self, key) != getattr(file, key) for key in same):
             return False

@@ -25,6 +25,11 @@ TEMPERATURE = 0.8
 """Of sampled continuations."""
 LARGEST_N = 4
 GREEDY, SAMPLED, TEXT = "greedy", "sampled", "text itself"
+COLLAPSE = 0.1
+"""A model has collapsed where its rate of repetition is above the original's by more than this: 10 percentage points.
+
+Over 64 prompts, whose rates differ by about 0.3 in greedy text, this is two standard errors of the difference.
+"""
 _SEED = 0
 
 
@@ -109,8 +114,8 @@ class Task:
             never=info.eos_ids,
         )
 
-    def generations(self, results: Sequence[GenerationResult]) -> Generations:
-        """Results of models on this task, and before them how the text itself goes on."""
+    def generations(self, results: Sequence[GenerationResult], reference: str) -> Generations:
+        """Results of models on this task, judged against `reference`; before them how the text itself goes on."""
         itself = GenerationResult(name=TEXT, decoding="", repetition=Repetition.of(self.continuations))
         return Generations(
             prompts=len(self.prompts),
@@ -118,6 +123,7 @@ class Task:
             tokens=self.tokens,
             temperature=TEMPERATURE,
             results=[itself, *results],
+            verdict=verdict(results, reference),
         )
 
     @property
@@ -174,6 +180,21 @@ class GenerationResult:
     """Share of the teacher's own greedy continuations that the model would choose too; for GREEDY only."""
 
 
+def verdict(results: Sequence[GenerationResult], reference: str) -> str:
+    """Which models collapsed into repetition, decoding by decoding, against the model named `reference`."""
+    original = {result.decoding: result.repetition.rate for result in results if result.name == reference}
+    judged = [result for result in results if result.decoding in original and result.name != reference]
+    if not judged:
+        return f"not judged: collapse is repetition above that of {reference}, measured along with another model"
+    criterion = f"repetition more than {100 * COLLAPSE:.0f} percentage points above that of {reference}"
+    found = [
+        f"{result.name}, {result.decoding} ({result.repetition.rate:.1%} against {original[result.decoding]:.1%})"
+        for result in judged
+        if result.repetition.rate > original[result.decoding] + COLLAPSE
+    ]
+    return f"collapsed ({criterion}): {'; '.join(found)}" if found else f"no collapse ({criterion})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generations:
     """Everything measured on one task."""
@@ -183,6 +204,8 @@ class Generations:
     tokens: int
     temperature: float
     results: list[GenerationResult]
+    verdict: str
+    """See `verdict`."""
 
 
 def measured(name: str, written: Written, teacher_agreement: float | None = None) -> list[GenerationResult]:

@@ -79,7 +79,7 @@ def quantize(
     model: str | None,
     settings: Mapping[str, Any],
     *,
-    recipe: Path | None = None,
+    recipe: Path | str | None = None,
     resume: str | None = None,
     out: Path | None = None,
     runs: Path | None = None,
@@ -89,8 +89,9 @@ def quantize(
 ) -> Run | None:
     """Train a quantized model and leave it in a run folder, which is returned (None after a dry run).
 
-    settings: fields of QuantizeConfig, which beat the recipe's, which beat the defaults. resume: a run folder, or
-    NEWEST; settings may then be repeated, but not changed. out: the run folder to make. runs: where run folders are.
+    settings: fields of QuantizeConfig, which beat the recipe's, which beat the defaults. recipe: a file, or as a string
+    the name of a bundled one. resume: a run folder, or NEWEST; settings may then be repeated, but not changed. out: the
+    run folder to make. runs: where run folders are.
     force: start even where the plan says that the machine will not do.
     Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM, when it was said how to go on. A new run that fails
     before it trains, for its texts or its compiler, leaves no folder.
@@ -206,7 +207,7 @@ def _meant(name: str, value: Any) -> Any:
     return real(value) if name in ("model", "eval_data") and value is not None else value
 
 
-def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recipe: Path | None) -> QuantizeConfig:
+def _same_config(run: Run, model: str | None, settings: Mapping[str, Any], recipe: Path | str | None) -> QuantizeConfig:
     """The run's configuration, with what may be changed changed. Raises BadRun for a run or setting that cannot be."""
     if run.status == FINISHED:
         raise BadRun(f"{run.folder}: already finished; export it with: rcpconv export --run {run.folder}")

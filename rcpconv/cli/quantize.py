@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from rcpconv.cli.options import FILE, FOLDER, Value
+from rcpconv.cli.options import FOLDER, Value
 from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
 
 _NEWEST = "newest"
@@ -54,7 +54,12 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(cls=_GroupedHelp)
 @click.argument("model", required=False)
 @_settings
-@click.option("--recipe", type=FILE, metavar="FILE", help="TOML file with any of these settings; options beat it.")
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="TOML file with any of these settings, or a bundled one: paper (RCP after its paper, reconstructed) or demo. "
+    "Options beat it.",
+)
 @click.option(
     "--resume",
     is_flag=False,
@@ -73,7 +78,7 @@ def quantize(
     ctx: click.Context,
     /,
     model: str | None,
-    recipe: Path | None,
+    recipe: str | None,
     resume: str | None,
     out: Path | None,
     runs: Path | None,

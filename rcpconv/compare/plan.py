@@ -19,8 +19,8 @@ from rcpconv.config import (
     SELF,
     UNTRAINED,
     QuantizeConfig,
-    demo_recipe,
     normalise_keys,
+    read_recipe,
 )
 from rcpconv.errors import BadOption
 
@@ -137,7 +137,7 @@ class Comparison:
     generation_tokens: int
 
     def __post_init__(self) -> None:
-        suiting, standard = (demo_recipe(), DEMO) if self.model == DEMO else ({}, DEFAULT_CORPUS)
+        suiting, standard = (read_recipe(DEMO), DEMO) if self.model == DEMO else ({}, DEFAULT_CORPUS)
         data = self.data or tuple(suiting.get("data", (standard,)))
         suiting = {name: value for name, value in suiting.items() if name not in _ELSEWHERE}
         for name, value in (

@@ -145,6 +145,8 @@ def _phases(
     wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)
     for table in terminal_tables(summary):
         wide.print(table)
+    if comparison.generations:
+        console.print(f"Generations: {summary['verdict']}.", highlight=False, soft_wrap=True)
     console.print(f"{folder.path}: compare.md, compare.json, compare.png", highlight=False, soft_wrap=True)
     return summary
 

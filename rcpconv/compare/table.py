@@ -14,7 +14,7 @@ from rcpconv.compare.folder import JSON, MARKDOWN, PLOT, Folder, Result
 from rcpconv.compare.plan import ORIGINAL, Cell, Comparison, Variant
 from rcpconv.compare.plot import plot_curves
 from rcpconv.evaluate import GENERATION_CAPTION, GENERATION_HEADINGS, generation_figures
-from rcpconv.generation import GenerationResult, Repetition
+from rcpconv.generation import GenerationResult, Repetition, verdict
 from rcpconv.runs import replacing, write_json, write_text
 
 Rows = list[list[str]]
@@ -27,13 +27,14 @@ TRAINING_ONLY, AT_THE_EDGE = "*", "^"
 def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) -> dict[str, Any]:
     """Everything there is, as JSON values. about: the machine."""
     original = folder.result(Cell(kind=ORIGINAL))
-    return {
+    summary = {
         **about,
         "comparison": comparison.to_json(),
         "window": comparison.window,
         "original": None if original is None else {k: v for k, v in original.items() if k != "greedy"},
         "rows": [_row(comparison, folder, variant) for variant in comparison.variants],
     }
+    return summary | {"verdict": verdict(_generations(summary), "original") if comparison.generations else None}
 
 
 def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, Any]:
@@ -123,19 +124,20 @@ def sweep_rows(summary: Mapping[str, Any]) -> Rows:
     return found
 
 
-def generation_rows(summary: Mapping[str, Any]) -> Rows:
-    """What the models write: name, decoding and GENERATION_HEADINGS; the text itself and the original first."""
+def _generations(summary: Mapping[str, Any]) -> list[GenerationResult]:
+    """What the models write; the text itself and the original first."""
     original = summary["original"]
     if original is None or "generations" not in original:
         return []
     results = [*original["itself"], *original["generations"]]
     for row in summary["rows"]:
         results += row.get("generations") or []
-    found = []
-    for result in results:
-        measured = GenerationResult(**result | {"repetition": Repetition(**result["repetition"])})
-        found.append([measured.name, measured.decoding, *generation_figures(measured)])
-    return found
+    return [GenerationResult(**result | {"repetition": Repetition(**result["repetition"])}) for result in results]
+
+
+def generation_rows(summary: Mapping[str, Any]) -> Rows:
+    """Name, decoding and GENERATION_HEADINGS of what the models write; the text itself and the original first."""
+    return [[found.name, found.decoding, *generation_figures(found)] for found in _generations(summary)]
 
 
 def shown(name: str) -> str:
@@ -165,7 +167,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     if any(row.get("training_only") for row in summary["rows"]):
         found.append(f"{TRAINING_ONLY} Training only: activations or cache of 16 bits, which no file holds.")
     if c["generations"]:
-        found.append(f"Generations: {GENERATION_CAPTION}.")
+        found.append(f"Generations: {GENERATION_CAPTION}. Verdict: {summary['verdict']}.")
     found += [f"{row['variant']}: failed: {row['failed']}" for row in summary["rows"] if row["failed"]]
     return found
 

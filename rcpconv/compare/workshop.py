@@ -224,7 +224,7 @@ class Workshop:
         if self.comparison.generations:
             written = self.task.write(self.original)
             result["generations"] = _as_json(measured("original", written))
-            result["itself"] = _as_json(self.task.generations([]).results)
+            result["itself"] = _as_json(self.task.generations([], "original").results)
             result["greedy"] = written.greedy
         return result
 

@@ -113,7 +113,7 @@ def measure(
         written = task.write(quantized)
         share = task.agreement(quantized, teacher.greedy)
         results = [*measured(ORIGINAL, teacher), *measured(FAKE_QUANT, written, share)]
-        samples = Samples(task=task, original=teacher, quantized=written, found=task.generations(results))
+        samples = Samples(task=task, original=teacher, quantized=written, found=task.generations(results, ORIGINAL))
     del quantized
 
     tell("weights")

@@ -234,6 +234,7 @@ def _samples(run: Run, samples: Samples, text: Text) -> str:
         ),
         table(("", *GENERATION_HEADINGS), rows),
         paragraph(GENERATION_CAPTION[0].upper() + GENERATION_CAPTION[1:] + "."),
+        paragraph(found.verdict[0].upper() + found.verdict[1:] + "."),
     ]
     for i, prompt in enumerate(task.prompts):
         both = (samples.original, samples.quantized)

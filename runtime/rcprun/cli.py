@@ -137,7 +137,8 @@ def run(
 
     Tokens are chosen in this order: repeat penalty, top-k, top-p, min-p, temperature.
 
-    `rcp-run score MODEL` computes log-likelihoods instead, and `rcp-run bench MODEL` measures speed; see their --help.
+    `rcp-run score MODEL` computes log-likelihoods instead, `rcp-run eval MODEL` runs tasks of lm-evaluation-harness,
+    and `rcp-run bench MODEL` measures speed; see their --help.
     """
     with _errors_to_exit_codes():
         if system is not None and not chat:
@@ -225,6 +226,50 @@ def bench(**options: Any) -> None:
         from rcprun.bench import bench_file
 
         bench_file(**options)
+
+
+@main.command("eval", epilog=EXIT_CODES)
+@_model_options
+@_context_option
+@click.option("--tasks", required=True, metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness.")
+@click.option(
+    "--tasks-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="YAML of other tasks."
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question.  [default: the task's]")
+@click.option("--limit", type=click.IntRange(1), help="Only so many questions of each task.  [default: all]")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write all of it here.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def eval_command(
+    model: str,
+    context: int | None,
+    backend: str,
+    verify: bool,
+    tasks: str,
+    tasks_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    json_path: Path | None,
+    force: bool,
+) -> None:
+    """Run tasks of lm-evaluation-harness on MODEL; needs the extra lm-eval.
+
+    Prints a markdown table of every task's metrics with their standard errors. Texts begin with BOS where the model's
+    tokenizer adds one. --tasks-path is a folder of task definitions, searched before the harness's own.
+    """
+    with _errors_to_exit_codes():
+        from rcprun.harness import evaluate
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        loaded = _load(model, backend=backend, context=context, verify=verify)
+        evaluate(
+            loaded,
+            names,
+            folder=tasks_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            json_path=json_path,
+            force=force,
+        )
 
 
 def _load(model: str, **options: Any) -> Model:

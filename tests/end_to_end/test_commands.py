@@ -22,17 +22,21 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_from_a_checkpoint_to_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_from_a_checkpoint_to_text(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With activations and KV cache of so many bits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RCPCONV_RUNS", raising=False)
     make_tiny_checkpoint("llama32", tmp_path / "tiny")
     Path("text.txt").write_text("\n\n\n".join(CORPUS * 4), encoding="utf-8")
     training = ("--data", "text.txt", "--eval-data", "text.txt", "--steps", "2", "--seq-len", "32", "--batch-size", "2")
-    run("rcpconv", "quantize", "tiny", *training, "--lr", "1e-3", "--device", "cpu")
+    scheme = () if bits == 4 else ("--a-bits", str(bits), "--kv-bits", str(bits))
+    run("rcpconv", "quantize", "tiny", *training, *scheme, "--lr", "1e-3", "--device", "cpu")
     run("rcpconv", "export", "--out", "model.rcp")
     run("rcpconv", "verify", "model.rcp")
     with RcpFile.open("model.rcp") as file:
         assert file.architecture.tied_table
+        assert (file.quantization.a_bits, file.quantization.kv_bits) == (bits, bits)
         measured = file.metadata.provenance["evaluation"]["perplexity"]
     run("rcpconv", "eval", "--rcp", "model.rcp", "--text", "text.txt", "--json", "eval.json", "--device", "cpu")
     rows = {row["name"]: row["perplexity"] for row in json.loads(Path("eval.json").read_text())["models"]}

@@ -120,6 +120,7 @@ def test_what_is_left(finished: Path) -> None:
         assert row["bytes"] > 0
         assert row["bits_per_weight"] > 2
         assert [result["decoding"] for result in row["generations"]] == ["greedy", "sampled"]
+    assert "collapse" in summary["verdict"] and "percentage points above that of original" in summary["verdict"]
     assert rows["ldp-a16"]["training_only"]
     assert not rows["ldp"]["training_only"]
     assert rows["ldp-a16"]["bits_per_weight"] > rows["ldp"]["bits_per_weight"], "smaller groups have more levels"
@@ -131,6 +132,7 @@ def test_what_is_left(finished: Path) -> None:
     assert twice["perplexity"]["sd"] > 0
     assert [tokens for tokens, _ in twice["curve"]] == [4 * TOKENS_PER_STEP, 8 * TOKENS_PER_STEP]
     text = (finished / "compare.md").read_text()
+    assert summary["verdict"] in text
     for part in (
         "0.0001, 0.001",
         "| ldp-a16* |",

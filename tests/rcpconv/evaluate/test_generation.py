@@ -15,7 +15,7 @@ from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
 from rcpconv.errors import EvaluationFailed
 from rcpconv.evaluate import evaluate, tokenize
-from rcpconv.generation import PROMPT_TOKENS, Repetition, Task, distinct, longest_repeat
+from rcpconv.generation import PROMPT_TOKENS, GenerationResult, Repetition, Task, distinct, longest_repeat, verdict
 from rcpconv.heldout import Text
 from rcpconv.model import Decoder
 from rcpconv.prepare import original_decoder
@@ -130,12 +130,39 @@ def test_the_command_prints_a_table_and_writes_json(run: Run, tmp_path: Path) ->
     result = CliRunner().invoke(main, ["eval", "--run", str(run.folder), *options, "--json", str(target)])
     assert result.exit_code == 0, result.output
     assert "2 prompts of 32 tokens, continued by 9" in result.output
+    assert "above that of original)" in result.output
     found = json.loads(target.read_text())["generations"]
+    assert "collapse" in found["verdict"]
     kinds = [(row["name"], row["decoding"]) for row in found["results"]]
     both = ("greedy", "sampled")
     assert kinds == [("text itself", ""), *(("original", d) for d in both), *(("fake-quant", d) for d in both)]
     assert [row["teacher_agreement"] is None for row in found["results"]] == [True, True, True, False, True]
     assert all(len(row["repetition"]["distinct"]) == 4 for row in found["results"])
+
+
+def result(name: str, decoding: str, rate: float) -> GenerationResult:
+    return GenerationResult(
+        name=name, decoding=decoding, repetition=Repetition(distinct=[1, 1, 1, 1 - rate], rate=rate, longest_repeat=9)
+    )
+
+
+def test_the_verdict_names_what_collapsed_and_by_which_criterion() -> None:
+    criterion = r"repetition more than 10 percentage points above that of original"
+    original = [result("text itself", "", 0), result("original", "greedy", 0.5), result("original", "sampled", 0.1)]
+    fine = [result("ldp", "greedy", 0.6), result("ldp", "sampled", 0.05)]
+    assert verdict([*original, *fine], "original") == f"no collapse ({criterion})"
+    bad = [result("rtn", "greedy", 0.61), result("rtn", "sampled", 0.2), result("seq", "sampled", 0.9)]
+    assert verdict([*original, *fine, *bad], "original") == (
+        f"collapsed ({criterion}): rtn, greedy (61.0% against 50.0%); seq, sampled (90.0% against 10.0%)"
+    )
+    assert verdict([original[0], *fine], "original").startswith("not judged")
+    assert verdict(original, "original").startswith("not judged")
+
+
+def test_generations_without_a_number_are_64() -> None:
+    options = {parameter.name: parameter for parameter in main.commands["eval"].params}  # type: ignore[attr-defined]
+    assert options["generations"].flag_value == 64
+    assert options["generation_tokens"].default == 256
 
 
 def test_generations_need_a_torch_model(run: Run) -> None:

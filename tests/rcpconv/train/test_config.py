@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from rcpconv.config import METHODS, OPTIONS, QuantizeConfig, build_config, demo_recipe, parse_count
+from rcpconv.config import (
+    DATA,
+    DEFAULTS,
+    FORM,
+    METHODS,
+    OPTIONS,
+    RECIPES,
+    TRAINING,
+    QuantizeConfig,
+    build_config,
+    parse_count,
+    read_recipe,
+)
 from rcpconv.errors import BadOption
 
 
@@ -120,7 +132,7 @@ def test_a_model_is_needed() -> None:
 
 def test_the_demo_model_has_defaults_of_its_own(tmp_path: Path) -> None:
     """They are the weakest; --steps replaces their tokens."""
-    known = demo_recipe()
+    known = read_recipe("demo")
     assert {"data", "tokens"} <= known.keys()
     config = build_config("demo", None, {"steps": 3})
     assert (config.steps, config.tokens, list(config.data)) == (3, None, known["data"])
@@ -129,6 +141,31 @@ def test_the_demo_model_has_defaults_of_its_own(tmp_path: Path) -> None:
     assert build_config("demo", recipe, {}).tokens == 1000
     assert build_config("demo", recipe, {"steps": 3}).tokens is None
     assert build_config("other", None, {}).tokens is None
+
+
+def test_bundled_recipes_go_by_name_and_files_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("paper").write_text("a_bits = 8\n")
+    assert read_recipe("paper")["a_bits"] == 4
+    assert read_recipe(Path("paper"))["a_bits"] == read_recipe("./paper")["a_bits"] == 8
+    assert [build_config("m", name, {}).method for name in RECIPES] == ["ldp", "ldp"]
+    with pytest.raises(BadOption, match="papr: expected a TOML recipe, or demo or paper"):
+        build_config("m", "papr", {})
+
+
+def test_the_papers_recipe_is_independent_of_the_defaults() -> None:
+    """It names every setting that has one default for all models but those of texts, machine and the run itself."""
+    left_out = {"model", "method", "tables", "data", "self_tokens", "self_share"}
+    decided = {
+        name
+        for name, option in OPTIONS.items()
+        if option.group in (FORM, DATA, TRAINING) and DEFAULTS[name] is not None and name not in left_out
+    }
+    assert decided <= read_recipe("paper").keys()
+    config = build_config("m", "paper", {})
+    assert (config.method, config.loss, config.a_bits, config.kv_bits) == ("ldp", "cakld", 4, 4)
+    assert (config.r1, config.r2, config.r3, config.r4) == (True,) * 4
+    assert (config.start, config.level_gradient, config.weight_range) == ("weights", "exact", "moving")
 
 
 def test_every_setting_is_described() -> None:

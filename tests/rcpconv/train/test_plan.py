@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from rcpconv import plan as planning
 from rcpconv.cli import main
-from rcpconv.config import QuantizeConfig
+from rcpconv.config import QuantizeConfig, read_recipe
 from rcpconv.errors import BadOption, BadTrainingData, NotEnoughMachine
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
@@ -41,6 +41,13 @@ def test_open_settings_are_decided_from_model_and_machine() -> None:
     assert (config.seq_len, config.tokens, config.steps, config.data) == (1024, None, 5, ("demo",))
     assert (config.device, config.precision, config.compile, config.tables) == ("cpu", "fp32", "off", "one")
     assert (config.grad_checkpointing, config.batch_size, config.grad_accum) == ("off", 8, 1)
+
+
+def test_the_papers_recipe_has_these_rates() -> None:
+    """Where the defaults' rates change, the recipe needs a way to keep its own."""
+    for width, rates in ((LLAMA_2_7B, (2e-5, 2e-4, 2e-4)), (DEMO, (0.002, 0.02, 0.02))):
+        config = plan(width, CPU, **read_recipe("paper")).config
+        assert (config.lr, config.quantizer_lr, config.clip_lr, config.table_lr) == (*rates, None)
 
 
 def test_a_decided_plan_decides_the_same_again() -> None:
