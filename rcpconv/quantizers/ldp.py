@@ -1,6 +1,6 @@
 """Learnable Direct Partitioning with learnable clipping (RCP, arXiv 2502.15779, section 3.3). Reconstructed.
 
-The paper's code is not public; this follows its equations as far as they are given. Per group of weights:
+The paper's repository holds no code; this follows its equations as far as they are given. Per group of weights:
 clip range lo = σ(β)·min(W, 0), hi = σ(γ)·max(W, 0); partition Δ1 = σ(s1)σ(s2), Δ2 = σ(s1)(1 − σ(s2)), Δ3 = 1 − σ(s1);
 a weight falls into one of four parts of the range, with thresholds at Δ1/2, Δ1 + Δ2/2 and Δ1 + Δ2 + Δ3/2 of it.
 `ldp` reads it back as lo + (hi − lo)·{0, Δ1, Δ1 + Δ2, 1}, non-uniform dequantization (NUDQ); `ldp-udq` as
