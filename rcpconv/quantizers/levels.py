@@ -185,6 +185,18 @@ def lloyd_max(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
     return torch.cat([_lloyd_max(block_NGg, counts_Gg) for block_NGg in weight_NGg.split(rows)])
 
 
+def _masks(weight_Mg: Tensor, levels_M4: Tensor) -> tuple[Tensor, ...]:
+    """Which weights take each of the levels, as `assign` has it; the middles between levels do not decrease."""
+    middle_M3 = (levels_M4[..., 1:] + levels_M4[..., :-1]) * 0.5
+    first, second, third = (weight_Mg > middle_M3[..., c : c + 1] for c in range(LAST))
+    return ~first, first ^ second, second ^ third, third
+
+
+def _masked_sums(values_Mg: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """As sums_by_code, and faster."""
+    return torch.stack([(values_Mg * mask_Mg).sum(-1) for mask_Mg in masks], dim=-1)
+
+
 def _lloyd_max(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
     """A group whose levels did not move will not move: M of them are left, after a few steps a handful."""
     levels_NG4 = _gaussian_levels(weight_NGg, counts_Gg)
@@ -192,9 +204,9 @@ def _lloyd_max(weight_NGg: Tensor, counts_Gg: Tensor) -> Tensor:
     moving_M = torch.arange(len(levels), device=levels.device)
     for _ in range(LLOYD_MAX_STEPS):
         weight_Mg, counts_Mg, before_M4 = weight[moving_M], counts_Gg[moving_M % len(counts_Gg)], levels[moving_M]
-        code = assign(weight_Mg, before_M4)
-        mass_M4 = sums_by_code(counts_Mg, code)
-        centre_M4 = sums_by_code(weight_Mg * counts_Mg, code) / mass_M4.clamp(min=1e-30)
+        masks = _masks(weight_Mg, before_M4)
+        mass_M4 = _masked_sums(counts_Mg, masks)
+        centre_M4 = _masked_sums(weight_Mg * counts_Mg, masks) / mass_M4.clamp(min=1e-30)
         after_M4 = torch.where(mass_M4 > 0, centre_M4, before_M4).sort(dim=-1).values
         levels[moving_M] = after_M4
         moving_M = moving_M[(after_M4 != before_M4).any(-1)]
