@@ -19,6 +19,9 @@ from rcpformat.architecture import Architecture, Quantization
 
 Array = NDArray[Any]
 
+_HASHED_WEIGHTS = 1 << 17
+"""Weights that are hashed at a time, in the processor's cache."""
+
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().cpu().contiguous().numpy()
@@ -86,7 +89,11 @@ def hash_tensor(array: Array) -> str:
 
 def hash_weights(weights_NK: Array) -> str:
     """SHA-256 of float32 weights in row-major order, zeros taken as +0."""
-    return hashlib.sha256(np.ascontiguousarray(weights_NK + np.float32(0)).data).hexdigest()
+    digest = hashlib.sha256()
+    rows = max(1, _HASHED_WEIGHTS // weights_NK.shape[1])
+    for start in range(0, len(weights_NK), rows):
+        digest.update(np.ascontiguousarray(weights_NK[start : start + rows] + np.float32(0)).data)
+    return digest.hexdigest()
 
 
 def lazy_baked(

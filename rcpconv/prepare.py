@@ -24,7 +24,7 @@ from rcpconv.quantizers import Learning
 from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
 
-TABLE_ROWS = 4096
+TABLE_ROWS = 1024
 """Of an embedding or head that are prepared at a time."""
 _BLOCK_ELEMENTS = 1 << 18
 """Of a matrix that are rotated at a time."""
