@@ -3,76 +3,80 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, DecoderLayer, LazyDecoder, OneTableInput, Piece, build_pieces
 from rcpconv.parts import BakedParts
 from rcpformat import codec, spec
 from rcpformat.architecture import Architecture, Quantization
 
 Array = NDArray[Any]
 
+_HASHED_WEIGHTS = 1 << 17
+"""Weights that are hashed at a time, in the processor's cache."""
+
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().cpu().contiguous().numpy()
 
 
-def _linears(decoder: Decoder) -> Iterator[tuple[str, QuantLinear]]:
-    for name, module in decoder.named_modules():
-        if isinstance(module, QuantLinear):
-            yield name, module
+def _linears(piece: Piece) -> Iterator[tuple[str, QuantLinear]]:
+    name, module = piece
+    for linear_name, linear in module.named_modules(prefix=name):
+        if isinstance(linear, QuantLinear):
+            yield linear_name, linear
 
 
 @torch.no_grad()
 def bake(decoder: Decoder) -> dict[str, Array]:
     """Every tensor of the file but the tokenizer, from a decoder in training, on the device it trained on."""
-    a = decoder.architecture
-    out: dict[str, Array] = {spec.INV_FREQ: _numpy(decoder.inv_freq)}
-    for name, linear in _linears(decoder):
-        baked = linear.bake()
-        out[name + ".codes"] = codec.pack_codes(_numpy(baked.codes_NK))
-        out[name + ".levels"] = _numpy(baked.levels_NG4)
-        out[name + ".scale"] = _numpy(baked.scale_N)
-        if linear.bias is not None:
-            out[name + ".bias"] = _numpy(linear.bias)
-    for i, layer in enumerate(decoder.layers):
-        prefix = spec.layer_prefix(i)
-        attn: Any = layer.attn
-        mlp: Any = layer.mlp
-        sites = (attn.input_quantizer, attn.o_quantizer, mlp.input_quantizer, mlp.down_quantizer)
-        out[prefix + "act_clip"] = _numpy(torch.cat([site.clip for site in sites]))
-        out[prefix + "kv_clip"] = _numpy(torch.cat([attn.key_quantizer.clip, attn.value_quantizer.clip]))
-        if a.qk_norm:
-            out[prefix + "attn.q_norm"], out[prefix + "attn.k_norm"] = _numpy(attn.q_norm), _numpy(attn.k_norm)
-    tables: list[tuple[str, Any]] = [(spec.EMBED, decoder.embed)]
-    if a.tied_table:
-        head_input: Any = decoder.head_input
-        out[spec.FINAL_GAIN] = _numpy(head_input.gain)
-        if head_input.signs is not None:
-            out[spec.ROTATION_SIGNS] = _numpy(head_input.signs.to(torch.int8))
-    else:
-        tables.append((spec.HEAD, decoder.head))
-    for name, table in tables:
-        assert isinstance(table, QuantTable), name
-        weight, scale = table.bake()
-        out[name + ".weight"] = _numpy(weight)
-        if scale is not None:
-            out[name + ".scale"] = _numpy(scale)
-    return out
+    tensors = {name: array for piece in decoder.pieces() for name, array in bake_piece(piece)}
+    return {spec.INV_FREQ: _numpy(decoder.inv_freq)} | tensors
 
 
 @torch.no_grad()
-def weight_hashes(decoder: Decoder) -> dict[str, str]:
+def bake_piece(piece: Piece) -> Iterator[tuple[str, Array]]:
+    """The tensors of the file that one piece of a decoder in training becomes."""
+    name, module = piece
+    for linear_name, linear in _linears(piece):
+        baked = linear.bake()
+        yield linear_name + ".codes", codec.pack_codes(_numpy(baked.codes_NK))
+        yield linear_name + ".levels", _numpy(baked.levels_NG4)
+        yield linear_name + ".scale", _numpy(baked.scale_N)
+        if linear.bias is not None:
+            yield linear_name + ".bias", _numpy(linear.bias)
+    if isinstance(module, DecoderLayer):
+        attn: Any = module.attn
+        mlp: Any = module.mlp
+        sites = (attn.input_quantizer, attn.o_quantizer, mlp.input_quantizer, mlp.down_quantizer)
+        yield name + ".act_clip", _numpy(torch.cat([site.clip for site in sites]))
+        yield name + ".kv_clip", _numpy(torch.cat([attn.key_quantizer.clip, attn.value_quantizer.clip]))
+        if attn.q_norm is not None:
+            yield name + ".attn.q_norm", _numpy(attn.q_norm)
+            yield name + ".attn.k_norm", _numpy(attn.k_norm)
+    elif isinstance(module, OneTableInput):
+        yield spec.FINAL_GAIN, _numpy(module.gain)
+        if module.signs is not None:
+            yield spec.ROTATION_SIGNS, _numpy(module.signs.to(torch.int8))
+    elif isinstance(module, QuantTable):
+        weight, scale = module.bake()
+        yield name + ".weight", _numpy(weight)
+        if scale is not None:
+            yield name + ".scale", _numpy(scale)
+
+
+@torch.no_grad()
+def weight_hashes(piece: Piece) -> dict[str, str]:
     """SHA-256 of the float32 weights (N, K), scale times integer, that the training forward of each linear uses."""
     hashes = {}
-    for name, linear in _linears(decoder):
+    for name, linear in _linears(piece):
         integers, scale = linear.quantizer(linear.weight)
         hashes[name] = hash_weights(_numpy(integers * scale[:, None]))
     return hashes
@@ -80,18 +84,49 @@ def weight_hashes(decoder: Decoder) -> dict[str, str]:
 
 def hash_tensor(array: Array) -> str:
     """SHA-256 of an array's bytes in row-major order, as in a file's header."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def hashes(decoder: Decoder, tensors: Mapping[str, Array], tokenizer_json: bytes) -> dict[str, dict[str, str]]:
-    """What a run remembers of its result: "weights" by linear, and "tensors" by name, tokenizer.json among them."""
-    files = {**tensors, spec.TOKENIZER: np.frombuffer(tokenizer_json, np.uint8)}
-    return {"weights": weight_hashes(decoder), "tensors": {name: hash_tensor(files[name]) for name in sorted(files)}}
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def hash_weights(weights_NK: Array) -> str:
     """SHA-256 of float32 weights in row-major order, zeros taken as +0."""
-    return hashlib.sha256(np.ascontiguousarray(weights_NK + np.float32(0)).data).hexdigest()
+    digest = hashlib.sha256()
+    rows = max(1, _HASHED_WEIGHTS // weights_NK.shape[1])
+    for start in range(0, len(weights_NK), rows):
+        digest.update(np.ascontiguousarray(weights_NK[start : start + rows] + np.float32(0)).data)
+    return digest.hexdigest()
+
+
+def lazy_baked(
+    architecture: Architecture,
+    quantization: Quantization,
+    tensor: Callable[[str], Array],
+    options: ComputeOptions | None = None,
+) -> LazyDecoder:
+    """The quantized model with fixed weights, from a run's baked tensors or an open file (`file.tensor`); eval mode."""
+    options = options or ComputeOptions()
+    q = quantization
+    parts = BakedParts(architecture=architecture, quantization=q, options=options, tensor=tensor)
+
+    def read(target: Tensor, name: str) -> None:
+        target.copy_(torch.from_numpy(np.array(tensor(name))))
+
+    @torch.no_grad()
+    def load(name: str, module: nn.Module) -> None:
+        """What BakedParts does not supply."""
+        if isinstance(module, OneTableInput):
+            read(module.gain, spec.FINAL_GAIN)
+            if module.signs is not None:
+                read(module.signs, spec.ROTATION_SIGNS)
+        elif isinstance(module, DecoderLayer) and architecture.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                read(getattr(module.attn, norm), f"{name}.attn.{norm}")
+
+    def pieces() -> Iterator[Piece]:
+        for name, module in build_pieces(architecture, parts, r1=q.r1, r3=q.r3, r4=q.r4):
+            load(name, module)
+            yield name, module.requires_grad_(False).eval()
+
+    return LazyDecoder(architecture=architecture, inv_freq=tensor(spec.INV_FREQ), pieces=pieces, options=options)
 
 
 def baked_decoder(
@@ -100,20 +135,5 @@ def baked_decoder(
     tensor: Callable[[str], Array],
     options: ComputeOptions | None = None,
 ) -> Decoder:
-    """The quantized model with fixed weights, from a run's baked tensors or an open file (`file.tensor`); eval mode."""
-    options = options or ComputeOptions()
-    q = quantization
-    parts = BakedParts(architecture=architecture, quantization=q, options=options, tensor=tensor)
-    decoder = Decoder(architecture, tensor(spec.INV_FREQ), parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options)
-    with torch.no_grad():
-        if architecture.tied_table:
-            head_input: Any = decoder.head_input
-            head_input.gain.copy_(torch.from_numpy(np.array(tensor(spec.FINAL_GAIN))))
-            if q.r1:
-                head_input.signs.copy_(torch.from_numpy(np.array(tensor(spec.ROTATION_SIGNS))))
-        if architecture.qk_norm:
-            for i, layer in enumerate(decoder.layers):
-                for norm in ("q_norm", "k_norm"):
-                    value = tensor(f"{spec.layer_prefix(i)}attn.{norm}")
-                    getattr(layer.attn, norm).copy_(torch.from_numpy(np.array(value)))
-    return decoder.requires_grad_(False).eval()
+    """All of lazy_baked."""
+    return lazy_baked(architecture, quantization, tensor, options).whole().eval()

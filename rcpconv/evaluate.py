@@ -29,14 +29,14 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rcpconv.baking import baked_decoder
+from rcpconv.baking import lazy_baked
 from rcpconv.errors import EvaluationFailed
 from rcpconv.generation import GenerationResult, Generations, Task, measured
 from rcpconv.heldout import Text, default_text
 from rcpconv.hub import file_sha256
 from rcpconv.inspection import model_size
-from rcpconv.model import Decoder
-from rcpconv.prepare import original_decoder
+from rcpconv.model import Decoder, LazyDecoder
+from rcpconv.prepare import lazy_original
 from rcpconv.runs import Run
 from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
@@ -56,6 +56,8 @@ LOGIT_FILE_BYTES = 512 << 20
 """The runtime's logits lie on disk this much at a time."""
 _LOGIT_ELEMENTS = 1 << 24
 """Logits in memory at a time when only likelihoods are wanted."""
+_STREAM_BYTES = 1 << 30
+"""Residual streams in memory at a time where a model is gone through piece by piece."""
 
 
 def tokenize(tokenizer_json: bytes, text: str) -> list[int]:
@@ -127,12 +129,33 @@ def torch_perplexity(decoder: Decoder, windows: Sequence[Sequence[int]], name: s
     total, count = 0.0, 0
     for window in _progress(windows, name):
         tokens = torch.tensor(window, device=decoder.inv_freq.device)
-        hidden = decoder.hidden(tokens[None])[0, :-1]
-        rows = max(1, _LOGIT_ELEMENTS // decoder.architecture.vocab_size)
-        for part, target in zip(hidden.split(rows), tokens[1:].split(rows), strict=True):
-            losses = F.cross_entropy(decoder.logits(part), target, reduction="none")
-            total, count = total + losses.double().sum().item(), count + len(target)
+        total += _loss(decoder.hidden(tokens[None])[0], decoder.head, tokens)
+        count += len(tokens) - 1
     return math.exp(total / count)
+
+
+@torch.inference_mode()
+def lazy_perplexity(
+    decoder: LazyDecoder, windows: Sequence[Sequence[int]], name: str, device: torch.device | str = "cpu"
+) -> float:
+    """As torch_perplexity, to the bit, with one piece of the decoder in memory: each is made for many windows."""
+    total, count = 0.0, 0
+    a = decoder.architecture
+    at_a_time = max(1, _STREAM_BYTES // (4 * a.hidden_size * max(map(len, windows))))
+    tokens = [torch.tensor(window, device=device) for window in windows]
+    for start in _progress(range(0, len(tokens), at_a_time), name):
+        some = tokens[start : start + at_a_time]
+        for tokens_T, (hidden_TC, head) in zip(some, decoder.outputs(some), strict=True):
+            total += _loss(hidden_TC, head, tokens_T)
+            count += len(tokens_T) - 1
+    return math.exp(total / count)
+
+
+def _loss(hidden_TC: Tensor, head: Any, tokens_T: Tensor) -> float:
+    """The sum over all tokens but the first of their negative log-likelihood."""
+    rows = max(1, _LOGIT_ELEMENTS // len(head.weight))
+    parts = zip(hidden_TC[:-1].split(rows), tokens_T[1:].split(rows), strict=True)
+    return sum(F.cross_entropy(head.logits(h), t, reduction="none").double().sum().item() for h, t in parts)
 
 
 class Runtime:
@@ -279,17 +302,18 @@ def evaluate(
     teacher = None
     if ORIGINAL in wanted:
         assert run is not None
-        decoder = original_decoder(run.source()).to(target)
-        perplexity = torch_perplexity(decoder, windows, ORIGINAL)
+        original = lazy_original(run.source())
+        perplexity = lazy_perplexity(original, windows, ORIGINAL, target)
         results.append(ModelResult(name=ORIGINAL, perplexity=perplexity, bytes=fp16, ratio=1.0))
         if task is not None:
-            teacher = task.write(decoder)
+            teacher = task.write(original.whole().to(target))
             written += measured(ORIGINAL, teacher)
-    if FAKE_QUANT in wanted or compare:
-        decoder = baked_decoder(model.architecture, model.quantization, model.tensor).to(target)
+    quantized = lazy_baked(model.architecture, model.quantization, model.tensor)
     if FAKE_QUANT in wanted:
-        results.append(ModelResult(name=FAKE_QUANT, perplexity=torch_perplexity(decoder, windows, FAKE_QUANT)))
+        perplexity = lazy_perplexity(quantized, windows, FAKE_QUANT, target)
+        results.append(ModelResult(name=FAKE_QUANT, perplexity=perplexity))
         if task is not None:
+            decoder = quantized.whole().to(target)
             share = None if teacher is None else task.agreement(decoder, teacher.greedy)
             written += measured(FAKE_QUANT, task.write(decoder), share)
     if RCP in wanted:
@@ -299,7 +323,7 @@ def evaluate(
         perplexity = runtime.perplexity(windows, RCP)
         results.append(ModelResult(name=RCP, perplexity=perplexity, bytes=size, ratio=fp16 / size, sha256=sha256))
         if compare:
-            differences = agreement(decoder, runtime, windows)
+            differences = agreement(quantized.whole().to(target), runtime, windows)
     return Evaluation(
         text=text.name,
         window=window,

@@ -8,7 +8,9 @@ Shape suffixes: B batch, T positions, H heads, D head_dim, C hidden_size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rcpconv.hadamard import hadamard_transform
 from rcpconv.layers import ComputeOptions, RMSNorm, rms_norm
 from rcpconv.parts import Parts
+from rcpformat import spec
 from rcpformat.architecture import Architecture
 
 
@@ -124,8 +127,34 @@ class OneTableInput(nn.Module):
         return hadamard_transform(self.signs * (self.gain * unrotated), normalized=True)
 
 
+Piece = tuple[str, nn.Module]
+"""A module of a decoder under its name: "embed", "layers.0", ..., "final_norm", "head_input", "head"."""
+
+
+def build_pieces(architecture: Architecture, parts: Parts, *, r1: bool, r3: bool, r4: bool) -> Iterator[Piece]:
+    """The pieces of a decoder in the order of their use, each made when it is asked for; no head with one table.
+
+    `parts` decides what they are made of; r3 and r4 switch the online rotations on.
+    """
+    a = architecture
+    yield spec.EMBED, parts.table(spec.EMBED)
+    for i in range(a.num_layers):
+        yield f"layers.{i}", DecoderLayer(a, parts, i, r3, r4)
+    yield "final_norm", RMSNorm(a.rms_norm_eps, parts.norm_size())
+    yield "head_input", OneTableInput(a.hidden_size, r1) if a.tied_table else nn.Identity()
+    if not a.tied_table:
+        yield spec.HEAD, parts.table(spec.HEAD)
+
+
+def rope_tables(architecture: Architecture, inv_freq: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, D/2) for positions 0..T-1: float64 throughout, rounded once, to dtype."""
+    angle = torch.arange(length, dtype=torch.float64, device=inv_freq.device)[:, None] * inv_freq
+    factor = architecture.rope_attention_factor
+    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+
+
 class Decoder(nn.Module):
-    """The whole model. `parts` decides what it is made of; r3 and r4 switch the online rotations on."""
+    """The whole model, of pieces as build_pieces orders them."""
 
     inv_freq: Tensor
 
@@ -133,29 +162,31 @@ class Decoder(nn.Module):
         self,
         architecture: Architecture,
         inv_freq: NDArray[np.float64],
-        parts: Parts,
-        *,
-        r1: bool,
-        r3: bool,
-        r4: bool,
+        pieces: Iterable[Piece],
         options: ComputeOptions | None = None,
     ) -> None:
         super().__init__()
-        a = architecture
-        self.architecture = a
+        self.architecture = architecture
         self.options = options or ComputeOptions()
         self.register_buffer("inv_freq", torch.from_numpy(np.array(inv_freq, dtype=np.float64)))
-        self.embed = parts.table("embed")
-        self.layers = nn.ModuleList(DecoderLayer(a, parts, i, r3, r4) for i in range(a.num_layers))
-        self.final_norm = RMSNorm(a.rms_norm_eps, parts.norm_size())
-        self.head_input = OneTableInput(a.hidden_size, r1) if a.tied_table else nn.Identity()
-        self.head = self.embed if a.tied_table else parts.table("head")
+        made = dict(pieces)
+        self.embed = made[spec.EMBED]
+        self.layers = nn.ModuleList(made[f"layers.{i}"] for i in range(architecture.num_layers))
+        self.final_norm = made["final_norm"]
+        self.head_input = made["head_input"]
+        self.head = made.get(spec.HEAD, self.embed)
+
+    def pieces(self) -> Iterator[Piece]:
+        """As build_pieces gave them."""
+        for name, module in self.named_children():
+            if name == "layers":
+                yield from ((f"layers.{i}", layer) for i, layer in enumerate(self.layers))
+            else:
+                yield name, module
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (T, D/2) for positions 0..T-1: float64 throughout, rounded once, to options.dtype."""
-        angle = torch.arange(length, dtype=torch.float64, device=self.inv_freq.device)[:, None] * self.inv_freq
-        factor = self.architecture.rope_attention_factor
-        return (angle.cos() * factor).to(self.options.dtype), (angle.sin() * factor).to(self.options.dtype)
+        """See rope_tables."""
+        return rope_tables(self.architecture, self.inv_freq, length, self.options.dtype)
 
     def streams(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         """(B, T) token ids -> (B, T, C) float32, one at a time: the residual stream after each layer."""
@@ -185,3 +216,49 @@ class Decoder(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> logits (B, T, V) float32."""
         return self.logits(self.hidden(tokens_BT))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyDecoder:
+    """A decoder whose pieces are made when they are used, and need not be in memory together."""
+
+    architecture: Architecture
+    inv_freq: NDArray[np.float64]
+    pieces: Callable[[], Iterator[Piece]]
+    """As build_pieces gives them, ready for use; each call makes them anew."""
+    options: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def whole(self) -> Decoder:
+        """All of it."""
+        return Decoder(self.architecture, self.inv_freq, self.pieces(), self.options)
+
+    @torch.inference_mode()
+    def outputs(self, tokens: Sequence[Tensor]) -> Iterator[tuple[Tensor, nn.Module]]:
+        """What a head takes, (T, C) float32, of each sequence of ids (T,), and the head; on the device of the ids.
+
+        Goes through the pieces once, with all sequences at each. The numbers are those of the whole decoder.
+        """
+        device = tokens[0].device
+        inv_freq = torch.from_numpy(np.array(self.inv_freq, dtype=np.float64)).to(device)
+        lengths = {len(tokens_T) for tokens_T in tokens}
+        rope = {t: rope_tables(self.architecture, inv_freq, t, self.options.dtype) for t in lengths}
+        streams: list[Tensor] = []
+        head: Any = None
+        for name, module in self.pieces():
+            module.to(device)
+            if name == spec.EMBED:
+                embed = module.embed
+                streams = [embed(tokens_T[None]).to(self.options.dtype) for tokens_T in tokens]  # type: ignore[operator]
+                head = module if self.architecture.tied_table else None
+                del embed
+            elif name == spec.HEAD:
+                head = module
+            else:
+                for i, x_BTC in enumerate(streams):  # each in the place of the one before
+                    if isinstance(module, DecoderLayer):
+                        streams[i] = module(x_BTC, *rope[x_BTC.shape[1]], self.options)
+                    else:
+                        streams[i] = module(x_BTC)
+            del module  # before the next one is made
+        for x_BTC in streams:
+            yield x_BTC[0], head

@@ -40,7 +40,6 @@ _FLOAT32, _BFLOAT16 = 4, 2
 _QUANTIZER_PARAMETERS = 4
 """Of each group: beta, gamma, s1, s2."""
 _OPTIMIZER_STATES = 2
-_UNTRAINED_NEEDS = ("weights and quantizers", "working space")
 
 # What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
 # them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
@@ -169,10 +168,14 @@ class Plan:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         disk = shutil.disk_usage(existing).free
         kept = c.keep_checkpoints + 1 if c.checkpoint_every else 1
-        if self.checkpoint_bytes * kept > disk:
+        result = self.sizes.total_bytes
+        if result > disk:
+            found.append(f"{size(disk)} of disk are free in {existing}, the result takes {size(result)}: make room")
+        elif self.checkpoint_bytes * kept + result > disk:
             found.append(
-                f"{size(disk)} of disk are free in {existing}, {kept} checkpoints take "
-                f"{size(self.checkpoint_bytes * kept)}: use --keep-checkpoints 1, or --checkpoint-every 0 for none"
+                f"{size(disk)} of disk are free in {existing}, {kept} checkpoints and the result take "
+                f"{size(self.checkpoint_bytes * kept + result)}: use --keep-checkpoints 1, or --checkpoint-every 0 for "
+                "none"
             )
         return found
 
@@ -358,7 +361,10 @@ def _memory(
         "activations": round(activations) + matched,
         "working space": _FLOAT32 * (6 * largest + 6 * chunk),
     }
-    return {name: needs[name] for name in _UNTRAINED_NEEDS} if config.steps == 0 else needs
+    if config.steps == 0:  # a layer at a time; beside it a matrix in float64, and one with its codes as int64
+        layer = _FLOAT32 * (linear + _QUANTIZER_PARAMETERS * groups) // a.num_layers
+        return {"weights and quantizers": layer, "working space": 7 * _FLOAT32 * max(map(math.prod, shapes))}
+    return needs
 
 
 def _saved_bytes(architecture: Architecture) -> int:

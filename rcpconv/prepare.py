@@ -9,18 +9,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rcpconv.checkpoint import SourceModel, TensorStore
+from rcpconv.checkpoint import SourceModel
 from rcpconv.hadamard import apply_right
-from rcpconv.layers import ComputeOptions, QuantLinear
-from rcpconv.model import Decoder
+from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
+from rcpconv.model import Decoder, LazyDecoder, Piece, build_pieces
 from rcpconv.parts import FloatParts, TrainingParts
 from rcpconv.quantizers import Learning
+from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
+
+TABLE_ROWS = 1024
+"""Of an embedding or head that are prepared at a time."""
+_BLOCK_ELEMENTS = 1 << 18
+"""Of a matrix that are rotated at a time."""
 
 _Transforms = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -48,27 +55,40 @@ class PreparedModel:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) for every entry of the state of a decoder with folded norms, one at a time."""
-        a, store = self.architecture, self.source.tensors
-        final_gain = store.get("final_norm.gain", torch.float64)
-        embed = store.get("embed.weight", torch.float64)
-        yield "embed.weight", self._rotate_input(embed).float()
-        if a.tied_table:
-            yield "head_input.gain", final_gain.float()
-            if self.rotations.r1:
-                yield "head_input.signs", self.signs.float()
-        else:
-            head = embed if self.source.tied_embeddings else store.get("head.weight", torch.float64)
-            yield "head.weight", self._rotate_input(head * final_gain).float()
-        del embed
-        for i in range(a.num_layers):
-            yield from self._layer(i)
+        layers = (f"layers.{i}" for i in range(self.architecture.num_layers))
+        for piece in (spec.EMBED, "head_input", spec.HEAD, *layers):
+            for name, value in self.piece(piece):
+                yield f"{piece}.{name}", value
 
-    def _layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+    def piece(self, piece: str) -> Iterator[tuple[str, Tensor]]:
+        """(name in it, float32 tensor) for every entry of the state of one of a decoder's pieces, one at a time."""
+        a = self.architecture
+        if piece.startswith("layers."):
+            yield from self._layer(piece + ".")
+        elif piece == spec.EMBED or (piece == spec.HEAD and not a.tied_table):
+            blocks = self.table(piece)
+            table = torch.empty(a.vocab_size, a.hidden_size)
+            for part in table.split(TABLE_ROWS):
+                part.copy_(next(blocks))
+            yield "weight", table
+        elif piece == "head_input" and a.tied_table:
+            yield "gain", self.source.tensors.get(spec.FINAL_GAIN, torch.float32)
+            if self.rotations.r1:
+                yield "signs", self.signs.float()
+
+    def table(self, name: str) -> Iterator[Tensor]:
+        """The embedding or the head, TABLE_ROWS float32 rows at a time."""
+        store = self.source.tensors
+        gain = store.get(spec.FINAL_GAIN, torch.float64) if name == spec.HEAD else None
+        stored = spec.EMBED if self.source.tied_embeddings else name
+        for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64):
+            yield self._rotate_input(rows if gain is None else rows * gain).float()
+
+    def _layer(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         a, store = self.architecture, self.source.tensors
-        prefix = f"layers.{layer}."
         if a.qk_norm:
             for name in ("attn.q_norm", "attn.k_norm"):
-                yield prefix + name, store.get(prefix + name, torch.float32)
+                yield name, store.get(prefix + name, torch.float32)
         heads = _heads_first(a.head_dim)
         steps: dict[str, tuple[str | None, _Transforms, _Transforms]] = {
             # linear: (gain to fold, transforms of its input side, transforms of its output side)
@@ -83,22 +103,28 @@ class PreparedModel:
         for kind, (gain, inputs, outputs) in steps.items():
             weight = store.get(f"{prefix}{kind}.weight", torch.float64)
             if gain is not None:
-                weight = weight * store.get(f"{prefix}{gain}.gain", torch.float64)
+                weight *= store.get(f"{prefix}{gain}.gain", torch.float64)
             for transform in inputs:
-                weight = transform(weight)
+                _transform_rows(weight, transform)
             for transform in outputs:
-                weight = transform(weight.T).T
-            yield f"{prefix}{kind}.weight", weight.float().contiguous()
+                _transform_rows(weight.T, transform)
+            yield f"{kind}.weight", weight.float()
             bias = f"{prefix}{kind}.bias"
-            if bias in store.names():
+            if bias in store:
                 value = store.get(bias, torch.float64)
                 for transform in outputs:
                     value = transform(value)
-                yield bias, value.float()
+                yield f"{kind}.bias", value.float()
 
     def _rotate_input(self, rows: Tensor) -> Tensor:
         """R1 along the last axis."""
         return apply_right(rows, self.signs) if self.rotations.r1 else rows
+
+
+def _transform_rows(matrix: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+    """Transform each row in place, some at a time: that takes little memory, and stays in the processor's cache."""
+    for block in matrix.split(max(1, _BLOCK_ELEMENTS // matrix.shape[1])):
+        block.copy_(transform(block))
 
 
 def _heads_first(head_dim: int) -> Callable[[Tensor], Tensor]:
@@ -130,42 +156,63 @@ def rotation_signs(size: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _load(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> Decoder:
-    """Copy named tensors into the decoder's parameters and buffers; each must be there, and shapes must match."""
-    state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+def _load(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy named tensors into the module's parameters and buffers; each must be there, and shapes must match."""
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in tensors:
         assert state[name].shape == value.shape, (name, state[name].shape, value.shape)
         state[name].copy_(value)
-    return decoder
 
 
-def _original_tensors(store: TensorStore, tied: bool, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name in store.names():
-        yield name, store.get(name, dtype)
-    if tied:
-        yield "head.weight", store.get("embed.weight", dtype)
+def lazy_original(
+    source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
+) -> LazyDecoder:
+    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype, residual stream float32."""
+    options = options or ComputeOptions()
+    parts = FloatParts(architecture=source.architecture, with_gains=True)
+    names = {name: f"{name}." for name in (spec.EMBED, "final_norm", spec.HEAD)}
+    if source.tied_embeddings:
+        names[spec.HEAD] = names[spec.EMBED]
+
+    def tensors(piece: str) -> Iterator[tuple[str, Tensor]]:
+        prefix = names.get(piece, piece + ".")
+        for name in source.tensors.names():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), source.tensors.get(name, dtype)
+
+    def pieces() -> Iterator[Piece]:
+        for name, module in build_pieces(source.architecture, parts, r1=False, r3=False, r4=False):
+            _load(module.to(dtype), tensors(name))
+            yield name, module.requires_grad_(False).eval()
+
+    return LazyDecoder(architecture=source.architecture, inv_freq=source.inv_freq, pieces=pieces, options=options)
 
 
 def original_decoder(
     source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
 ) -> Decoder:
-    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype, residual stream float32."""
-    parts = FloatParts(architecture=source.architecture, with_gains=True)
-    decoder = Decoder(source.architecture, source.inv_freq, parts, r1=False, r3=False, r4=False, options=options)
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return _load(decoder, _original_tensors(source.tensors, source.tied_embeddings, dtype)).requires_grad_(False).eval()
+    """All of lazy_original."""
+    return lazy_original(source, dtype, options).whole().eval()
 
 
 def rotated_decoder(prepared: PreparedModel) -> Decoder:
     """The folded, rotated and still unquantized model in float32: gives the original's logits."""
     parts = FloatParts(architecture=prepared.architecture, with_gains=False)
     r = prepared.rotations
-    decoder = Decoder(prepared.architecture, prepared.source.inv_freq, parts, r1=r.r1, r3=r.r3, r4=r.r4)
-    return _load(decoder, prepared.tensors()).requires_grad_(False).eval()
+    pieces = build_pieces(prepared.architecture, parts, r1=r.r1, r3=r.r3, r4=r.r4)
+    decoder = Decoder(prepared.architecture, prepared.source.inv_freq, pieces)
+    _load(decoder, prepared.tensors())
+    return decoder.requires_grad_(False).eval()
 
 
-def student_decoder(
+def _initialise(piece: Piece, importance: Callable[[str], Tensor] | None) -> None:
+    name, module = piece
+    for linear_name, linear in module.named_modules(prefix=name):
+        if isinstance(linear, QuantLinear):
+            linear.quantizer.initialise(linear.weight, None if importance is None else importance(linear_name))
+
+
+def lazy_student(
     prepared: PreparedModel,
     quantization: Quantization,
     options: ComputeOptions,
@@ -173,22 +220,37 @@ def student_decoder(
     device: torch.device | str = "cpu",
     learning: Learning | None = None,
     a_clip: float = 0.9,
-) -> Decoder:
+    cut_tables: bool = False,
+) -> LazyDecoder:
     """The model to train, on `device`: prepared weights, every quantizer initialised from them.
 
     importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
+    cut_tables: a table comes in several pieces of its name, of TABLE_ROWS rows each; good for baking alone.
     """
-    parts = TrainingParts(
-        architecture=prepared.architecture,
-        quantization=quantization,
-        options=options,
-        learning=learning,
-        a_clip=a_clip,
-    )
-    q, inv_freq = quantization, prepared.source.inv_freq
-    decoder = Decoder(prepared.architecture, inv_freq, parts, r1=q.r1, r3=q.r3, r4=q.r4, options=options).to(device)
-    _load(decoder, prepared.tensors())
-    for name, module in decoder.named_modules():
-        if isinstance(module, QuantLinear):
-            module.quantizer.initialise(module.weight, None if importance is None else importance(name))
-    return decoder
+    a, q = prepared.architecture, quantization
+    parts = TrainingParts(architecture=a, quantization=q, options=options, learning=learning, a_clip=a_clip)
+
+    def pieces() -> Iterator[Piece]:
+        for name, module in build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4):
+            if cut_tables and isinstance(module, QuantTable):
+                for rows in prepared.table(name):
+                    module.weight.data = rows.to(device)
+                    yield name, module
+                continue
+            _load(module.to(device), prepared.piece(name))
+            _initialise((name, module), importance)
+            yield name, module
+            del module  # before the next one is made
+
+    return LazyDecoder(architecture=a, inv_freq=prepared.source.inv_freq, pieces=pieces, options=options)
+
+
+def student_decoder(
+    prepared: PreparedModel,
+    quantization: Quantization,
+    options: ComputeOptions,
+    device: torch.device | str = "cpu",
+    **how: Any,
+) -> Decoder:
+    """All of lazy_student, which takes the same arguments."""
+    return lazy_student(prepared, quantization, options, device=device, **how).whole().to(device)

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from rcpconv.baking import Array, bake, baked_decoder, hashes
+from rcpconv.baking import bake_piece, hash_tensor, lazy_baked, weight_hashes
 from rcpconv.checkpoint import SourceModel, load_source
 from rcpconv.config import (
     AUTO,
@@ -35,12 +35,12 @@ from rcpconv.config import (
     read_recipe,
 )
 from rcpconv.errors import BadCompiler, BadOption, BadRun, BadTrainingData, ConversionError, TrainingDiverged
-from rcpconv.evaluate import cut, tokenize, torch_perplexity
+from rcpconv.evaluate import cut, lazy_perplexity, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, LazyDecoder, Piece
 from rcpconv.plan import Plan, look_at_machine, make_plan
-from rcpconv.prepare import Rotations, original_decoder, prepare, student_decoder
+from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
 from rcpconv.quantizers import Learning
 from rcpconv.runs import (
     BAKED,
@@ -56,10 +56,12 @@ from rcpconv.runs import (
     now,
     replacing,
     require_free,
+    require_room,
     runs_root,
     write_json,
 )
 from rcpconv.scheme import ComparisonQuantization
+from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
@@ -67,6 +69,8 @@ from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
+from rcpformat import spec
+from rcpformat.accounting import account
 from rcpformat.architecture import Architecture
 
 NEWEST = "newest"
@@ -233,14 +237,16 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
     with stoppable(lambda happened: _tell_to_resume(run, happened, console)):
         try:
-            student = (
-                _trained_student(run, plan, source, windows, console) if plan.steps else untrained_student(plan, source)
+            pieces = (
+                _trained_student(run, plan, source, windows, console).pieces()
+                if plan.steps
+                else lazy_untrained(plan, source, cut_tables=True).pieces()
             )
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
             run.update(status=FAILED, reason=str(error))
             raise
-        tensors = keep_result(run, student, source)
-        evaluation = _evaluate(plan, source, tensors, windows, console) if windows else None
+        keep_result(run, pieces, source)
+        evaluation = _evaluate(run, plan, source, windows, console) if windows else None
         run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
         checkpoints.delete_all(run)
     which = "" if run.folder.parent == runs_root() else f" --run {run.folder}"
@@ -250,13 +256,25 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     return run
 
 
-def keep_result(run: Run, student: Decoder, source: SourceModel) -> dict[str, Array]:
-    """Leave the tensors of the file in the run folder, with their hashes; they are returned."""
-    tensors = bake(student)
-    with replacing(run.folder / BAKED) as temporary:
-        save_file(tensors, temporary)
-    write_json(run.folder / WEIGHT_HASHES, hashes(student, tensors, source.tokenizer.json))
-    return tensors
+def keep_result(run: Run, pieces: Iterable[Piece], source: SourceModel) -> None:
+    """Bake a decoder in training, piece by piece, and leave the tensors of the file in the run folder, with their
+    hashes: "weights" by linear (baking.weight_hashes), and "tensors" by name, tokenizer.json among them.
+    """
+    path, form = run.folder / BAKED, spec.expected_tensors(run.architecture, run.quantization)
+    del form[spec.TOKENIZER]
+    require_room(path, account(run.architecture, run.quantization).total_bytes)
+    weights: dict[str, str] = {}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = TensorWriter(file, form)
+        writer.write(spec.INV_FREQ, np.array(source.inv_freq, np.float64))
+        for piece in pieces:
+            for name, array in bake_piece(piece):
+                writer.write(name, array)
+            weights |= weight_hashes(piece)
+            del piece  # before the next one is made
+        tensors = writer.finish()
+    tensors[spec.TOKENIZER] = hash_tensor(np.frombuffer(source.tokenizer.json, np.uint8))
+    write_json(run.folder / WEIGHT_HASHES, {"weights": weights, "tensors": dict(sorted(tensors.items()))})
 
 
 @contextmanager
@@ -291,6 +309,11 @@ def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
 
 def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
     """The model that a plan trains, as it starts."""
+    return lazy_untrained(plan, source).whole().to(plan.machine.device)
+
+
+def lazy_untrained(plan: Plan, source: SourceModel, *, cut_tables: bool = False) -> LazyDecoder:
+    """As untrained_student, piece by piece; cut_tables: see lazy_student."""
     c = plan.config
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
     prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
@@ -300,8 +323,14 @@ def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
         residual_levels=c.level_gradient == "residual",
         fixed_range=c.weight_range == "fixed",
     )
-    return student_decoder(
-        prepared, plan.quantization, options, device=plan.machine.device, learning=learning, a_clip=c.a_clip
+    return lazy_student(
+        prepared,
+        plan.quantization,
+        options,
+        device=plan.machine.device,
+        learning=learning,
+        a_clip=c.a_clip,
+        cut_tables=cut_tables,
     )
 
 
@@ -330,15 +359,13 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     return student
 
 
-def _evaluate(
-    plan: Plan, source: SourceModel, tensors: dict[str, Array], windows: list[list[int]], console: Console
-) -> dict[str, Any]:
+def _evaluate(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> dict[str, Any]:
     """Perplexities of the original and of what was baked, in float32, as run.json keeps them."""
     device = torch.device(plan.machine.device)
-    baked = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__)
+    baked = lazy_baked(plan.architecture, plan.quantization, run.baked)
     found = {
-        name: torch_perplexity(decoder.to(device), windows, name)
-        for name, decoder in (("original", original_decoder(source)), ("fake-quant", baked))
+        name: lazy_perplexity(decoder, windows, name, device)
+        for name, decoder in (("original", lazy_original(source)), ("fake-quant", baked))
     }
     figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
     console.print(f"perplexity on {plan.config.eval_data}: {figures}", highlight=False, soft_wrap=True)

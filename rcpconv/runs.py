@@ -106,6 +106,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def require_room(path: Path, nbytes: int) -> None:
+    """Raises NotSaved where the disk that `path` will be on has less than nbytes left."""
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise NotSaved(f"{path}: needs {nbytes:,} bytes of disk, {free:,} are free in {existing}; make room")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file, or leave what was there."""
     with replacing(path) as temporary:
@@ -228,21 +236,26 @@ class Run:
                 f"continue it with: rcpconv quantize --resume {self.folder}"
             )
 
-    @cached_property
-    def _baked(self) -> Any:
-        self.require_finished()
-        with _restorable(self.folder / BAKED) as path:
-            return safe_open(path, framework="numpy")
-
     def tensor(self, name: str) -> NDArray[np.generic]:
         """A baked tensor by its name in SPEC.md, section 7. Raises BadRun for a run that is not finished."""
-        baked = self._baked
-        with _restorable(self.folder / BAKED):
-            return baked.get_tensor(name)  # type: ignore[no-any-return]
+        self.require_finished()
+        return self.baked(name)
+
+    def baked(self, name: str) -> NDArray[np.generic]:
+        """As tensor, also where the run has yet to be called finished."""
+        with self._baked_file() as file:  # anew each time: pages that were read stay in memory as long as it is mapped
+            return file.get_tensor(name)  # type: ignore[no-any-return]
 
     def tensor_names(self) -> list[str]:
         """Names of all baked tensors, sorted; tokenizer.json is not among them."""
-        return sorted(self._baked.keys())
+        self.require_finished()
+        with self._baked_file() as file:
+            return sorted(file.keys())
+
+    @contextmanager
+    def _baked_file(self) -> Iterator[Any]:
+        with _restorable(self.folder / BAKED) as path, safe_open(path, framework="numpy") as file:
+            yield file
 
     @cached_property
     def weight_hashes(self) -> dict[str, str]:

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save_file
 
-from rcpconv.baking import bake, hashes
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.prepare import Rotations, prepare, student_decoder
-from rcpconv.runs import BAKED, FINISHED, WEIGHT_HASHES, Run, created, now, write_json
+from rcpconv.quantize import keep_result
+from rcpconv.runs import FINISHED, Run, created, now
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -61,7 +60,5 @@ def make_run(model: str, folder: Path, *, one_table: bool = False, method: str =
     }
     recipe = QuantizeConfig(model=model, method=method, **scheme).to_toml()
     with created(folder, record, recipe, source.tokenizer.json) as run:
-        tensors = bake(decoder)
-        save_file(tensors, run.folder / BAKED)
-        write_json(run.folder / WEIGHT_HASHES, hashes(decoder, tensors, source.tokenizer.json))
+        keep_result(run, decoder.pieces(), source)
     return Run.open(folder)

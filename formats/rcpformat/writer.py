@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +65,16 @@ def _refuse_existing(path: Path, force: bool) -> None:
         raise OutputExists(f"{path}: expected a free path, found a file; choose another, or overwrite it with --force")
 
 
+def _require_room(path: Path, nbytes: int) -> None:
+    """The file that may be overwritten stays until the new one is whole."""
+    with _output_errors(path):
+        free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise OutputNotWritable(
+            f"{path}: expected room for {nbytes:,} bytes, found {free:,} free; make room, or choose another disk"
+        )
+
+
 def _header(metadata: RcpMetadata, entries: Mapping[str, TensorEntry], sha256: Mapping[str, str]) -> bytes:
     return serialize_header(metadata.to_entries(sha256), entries)
 
@@ -85,8 +96,8 @@ def write_rcp(
     The data goes to a temporary file in the same folder, which then takes the name `path`; after any failure or
     interrupt it is removed, and what was at `path` stays.
 
-    Raises OutputExists, OutputNotWritable, or the FormatError that fits (MissingTensor, UnknownTensor, WrongDtype,
-    WrongShape, and those of the values).
+    Raises OutputExists, OutputNotWritable (at once where the disk has no room for the file), or the FormatError that
+    fits (MissingTensor, UnknownTensor, WrongDtype, WrongShape, and those of the values).
     """
     path = Path(path)
     _refuse_existing(path, force)
@@ -102,6 +113,7 @@ def write_rcp(
     header = _header(metadata, entries, sha256)
     nbytes = len(header) + max(entry.end for entry in entries.values())
     read_structure(io.BytesIO(header), nbytes)
+    _require_room(path, nbytes)
 
     def linear_shape(name: str) -> tuple[int, int]:
         return spec.linear_shape(metadata.architecture, spec.linear_kind(name))

@@ -8,8 +8,11 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +44,10 @@ class LazyTensor:
 
 
 class TensorStore:
-    """The tensors of a checkpoint under canonical names, each read from its (memory-mapped) file when asked for."""
+    """The tensors of a checkpoint under canonical names, each read from its (memory-mapped) file when asked for.
+
+    Of a safetensors file no more is mapped than the tensors that somebody holds.
+    """
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self._tensors = dict(tensors)
@@ -65,9 +71,16 @@ class TensorStore:
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor, in its stored dtype or in `dtype`: a contiguous copy that the caller may change."""
-        return (
-            self._tensors[name].load().to(dtype or self.dtype(name), copy=True, memory_format=torch.contiguous_format)
-        )
+        return _copy(self._tensors[name].load(), dtype or self.dtype(name))
+
+    def blocks(self, name: str, rows: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """As get, but so many rows at a time."""
+        for block in self._tensors[name].load().split(rows):
+            yield _copy(block, dtype)
+
+
+def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def expected_shapes(architecture: Architecture, *, tied_embeddings: bool) -> dict[str, tuple[int, ...]]:
@@ -142,18 +155,28 @@ def _some(names: list[str]) -> str:
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors file, memory-mapped. Raises CorruptCheckpoint."""
+    """The tensors of one safetensors file, memory-mapped one by one. Raises CorruptCheckpoint, also when they load."""
     _check_file(path)
+    with _safetensors(path) as file:
+        entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        forms = {
+            name: (tuple(entry.get_shape()), FLOAT_DTYPES.get(entry.get_dtype())) for name, entry in entries.items()
+        }
+
+    def load(name: str) -> torch.Tensor:
+        with _safetensors(path) as file:  # anew each time: pages that were read stay in memory as long as it is mapped
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    return {name: LazyTensor(*form, partial(load, name)) for name, form in forms.items()}
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
     try:
-        file = safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise CorruptCheckpoint(f"{path}: not a readable safetensors file ({error}); download it again") from error
-
-    def lazy(name: str) -> LazyTensor:
-        entry = file.get_slice(name)
-        return LazyTensor(tuple(entry.get_shape()), FLOAT_DTYPES.get(entry.get_dtype()), lambda: file.get_tensor(name))
-
-    return {name: lazy(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:

@@ -284,7 +284,7 @@ class Workshop:
             return copy.deepcopy(self._start[1])
         self._start = None
         student = untrained_student(plan, self.source)
-        if plan.memory["weights and quantizers"] < _SMALL * self.machine.memory_bytes:
+        if plan.steps and plan.memory["weights and quantizers"] < _SMALL * self.machine.memory_bytes:
             self._start = (key, copy.deepcopy(student))
         return student
 
@@ -311,14 +311,12 @@ class Workshop:
         if cell.kind != FINAL:
             return found
         found["heldout"] = dataclasses.asdict(score(student, self.heldout, self.original))
-        tensors = None
         if run is not None and self.keep_runs:
-            tensors = keep_result(run, student, self.source)
+            keep_result(run, student.pieces(), self.source)
             run.update(status=FINISHED, finished=now(), evaluation=self._evaluation(plan, validation.perplexity))
             checkpoints.delete_all(run)
         if self.comparison.generations and not cell.seed:
-            tensors = tensors or bake(student)
-            baked = baked_decoder(plan.architecture, plan.quantization, tensors.__getitem__).to(self.device)
+            baked = baked_decoder(plan.architecture, plan.quantization, bake(student).__getitem__).to(self.device)
             share = self.task.agreement(baked, self._of_original["greedy"])
             found["generations"] = _as_json(measured(cell.variant, self.task.write(baked), share))
         return found

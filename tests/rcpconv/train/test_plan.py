@@ -14,7 +14,7 @@ from rcpconv.cli import main
 from rcpconv.config import QuantizeConfig, read_recipe
 from rcpconv.errors import BadOption, BadTrainingData, NotEnoughMachine
 from rcpconv.layers import ComputeOptions
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, build_pieces
 from rcpconv.parts import TrainingParts
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
 from rcpconv.quantize import quantize
@@ -123,7 +123,8 @@ def test_estimated_activations_are_what_autograd_keeps() -> None:
     found = plan(a, CPU, batch_size=2, seq_len=256)
     options = ComputeOptions()
     parts = TrainingParts(architecture=a, quantization=found.quantization, options=options)
-    student = Decoder(a, np.ones(a.head_dim // 2), parts, r1=True, r3=True, r4=True, options=options)
+    pieces = build_pieces(a, parts, r1=True, r3=True, r4=True)
+    student = Decoder(a, np.ones(a.head_dim // 2), pieces, options)
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
