@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from rcpconv.baking import Array, bake, baked_decoder, hashes
-from rcpconv.checkpoint import SourceModel, load_source
+from rcpconv.checkpoint import SourceModel, load_source, outline_source
 from rcpconv.config import (
     AUTO,
     DEFAULT_CORPUS,
@@ -39,7 +39,7 @@ from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
-from rcpconv.plan import Plan, look_at_machine, make_plan
+from rcpconv.plan import Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.prepare import Rotations, original_decoder, prepare, student_decoder
 from rcpconv.quantizers import Learning
 from rcpconv.runs import (
@@ -63,12 +63,15 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.memory import int8_teacher
 from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
 from rcpformat.architecture import Architecture
 
+GPU_GIB = 80.0
+"""Memory of the GPUs that a dry run supposes, where it is not said."""
 NEWEST = "newest"
 """As `resume`: the newest unfinished run."""
 EVALUATION_WINDOW = 1024
@@ -84,6 +87,8 @@ def quantize(
     out: Path | None = None,
     runs: Path | None = None,
     dry_run: bool = False,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> Run | None:
@@ -91,7 +96,8 @@ def quantize(
 
     settings: fields of QuantizeConfig, which beat the recipe's, which beat the defaults. resume: a run folder, or
     NEWEST; settings may then be repeated, but not changed. out: the run folder to make. runs: where run folders are.
-    force: start even where the plan says that the machine will not do.
+    gpus, gpu_memory (GiB): for dry_run, what to plan for instead of this machine; the model may then be a folder with
+    a configuration alone. force: start even where the plan says that the machine will not do.
     Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM, when it was said how to go on. A new run that fails
     before it trains, for its texts or its compiler, leaves no folder.
     """
@@ -120,7 +126,12 @@ def quantize(
     folder = out or new_run_folder(root, config.model)
     if not dry_run:
         require_free(folder)
-    machine = look_at_machine(config.device)
+    supposed = gpus is not None or gpu_memory is not None
+    if supposed and not dry_run:
+        raise BadOption("gpus, gpu_memory: are what --dry-run plans for; a training takes what there is")
+    machine = (
+        supposed_machine(gpus or 1, (gpu_memory or GPU_GIB) * 2**30) if supposed else look_at_machine(config.device)
+    )
     judged: list[Plan] = []
 
     def judge(architecture: Architecture, tied: bool) -> None:
@@ -136,6 +147,8 @@ def quantize(
         judged.append(plan)
 
     try:
+        if dry_run and (outline := outline_source(config.model)) is not None:
+            judge(*outline)
         source = load_source(config.model, revision=config.revision, judge=judge)
         if not judged:
             judge(source.architecture, source.tied_embeddings)
@@ -311,7 +324,10 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     @cache
     def teacher() -> Decoder:
         dtype = torch.bfloat16 if half else torch.float32
-        return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
+        decoder = original_decoder(source, dtype, ComputeOptions(half=half))
+        if config.teacher_weights == "int8":
+            int8_teacher(decoder)
+        return decoder.to(device)
 
     sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
     student = untrained_student(plan, source)

@@ -34,7 +34,8 @@ class _GroupedHelp(click.Command):
 def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
     spelled = name.replace("_", "-")
     if option.type is bool:
-        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: yes.")
+        default = "yes" if DEFAULTS[name] else "no"
+        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: {default}.")
     text, default = option.help, DEFAULTS[name]
     if default not in (None, ()):
         shown = " ".join(map(str, default)) if option.many == 2 else default
@@ -67,6 +68,15 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     "--runs", type=FOLDER, metavar="FOLDER", help="Where run folders are. Default: $RCPCONV_RUNS, else rcp-runs."
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan (shapes, bytes, memory, steps, time) and stop.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --dry-run: plan for so many GPUs, whatever is here; MODEL may be a folder with config.json alone.",
+)
+@click.option(
+    "--gpu-memory", type=click.FloatRange(1), metavar="GIB", help="With --dry-run: memory of each of them. Default: 80."
+)
 @click.option("--force", is_flag=True, help="Train even where memory or time are estimated not to suffice.")
 @click.pass_context
 def quantize(
@@ -78,6 +88,8 @@ def quantize(
     out: Path | None,
     runs: Path | None,
     dry_run: bool,
+    gpus: int | None,
+    gpu_memory: float | None,
     force: bool,
     **settings: Any,
 ) -> None:
@@ -101,6 +113,8 @@ def quantize(
             out=out,
             runs=runs,
             dry_run=dry_run,
+            gpus=gpus,
+            gpu_memory=gpu_memory,
             force=force,
             console=Console(),
         )

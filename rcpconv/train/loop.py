@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -32,7 +32,8 @@ from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean
 from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
-from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
+from rcpconv.train.memory import StepInBackward, narrow_weights
+from rcpconv.train.optimizer import Together, make_optimizer, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
 from rcpconv.train.tokens import Mixture, Sequences
@@ -63,6 +64,8 @@ class Counters:
     beta: float | None = None
     smoothed_loss: float | None = None
     lowest_loss: float = math.inf
+    norm: float = 0.0
+    """Of the last update's gradients."""
     unlogged: list[tuple[float, float, float]] = field(default_factory=list)
     """Loss, KL and gradient norm of the updates since the last logging step."""
 
@@ -96,6 +99,10 @@ class Trainer:
         self.device = student.inv_freq.device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(student, config)
+        self.stepping: StepInBackward | None = None
+        if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
+            learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+            self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         self.counters = Counters()
         self._load()
@@ -104,7 +111,10 @@ class Trainer:
         state = checkpoints.newest(self.run)
         if state is not None:
             self.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["optimizer"] is None:
+                self.console.print("The checkpoint holds weights alone: the optimizer's states begin anew")
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
             if self.mean is not None:
                 self.mean.load(state["mean"])
             self.counters = Counters(**state["counters"])
@@ -118,7 +128,7 @@ class Trainer:
         self.counters.metrics_bytes = metrics.length
         state = {
             "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.config.checkpoint_contents == "all" else None,
             "counters": asdict(self.counters),
             "mean": None if self.mean is None else self.mean.means,
         }
@@ -151,13 +161,17 @@ class Trainer:
         if c.start != "weights" and not counters.step:
             batches = range(0, CALIBRATION_SEQUENCES, self.batch)
             start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
+        if c.master_weights == "bf16":
+            narrow_weights(self.student)
         if c.compile == "on":
             compile_layers(self.student, self.teacher, self._tokens(0, self.batch))
         metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
         try:
-            with LiveProgress(self.console, self.steps, counters.step) as progress, _catching_signals() as caught:
+            stepping = nullcontext() if self.stepping is None else self.stepping.attached()
+            progress_bar = LiveProgress(self.console, self.steps, counters.step)
+            with stepping, progress_bar as progress, _catching_signals() as caught:
                 while counters.step < self.steps:
                     self._update(loss)
                     rate.add(self.tokens_per_step)
@@ -194,18 +208,25 @@ class Trainer:
         c = self.config
         set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule))
         totals = torch.zeros(2, device=self.device)
+        if self.stepping is not None:
+            self.stepping.previous = counters.norm
         first, matching = counters.step * self.accum * self.batch, self._matching()
         for start in range(first, first + self.accum * self.batch, self.batch):
             tokens_BT = self._tokens(start, self.batch)
-            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, matching)
+            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, matching, c.low_memory)
             totals += torch.stack(found) / self.accum
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.stepping is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = self.stepping.norm()
         figures = (*totals.tolist(), norm.item())
         self._check(figures, tokens_BT)
-        nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.stepping is None:
+            nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         counters.step += 1
+        counters.norm = figures[-1]
         if self.mean is not None:
             self.mean.add(counters.step)
         counters.unlogged.append(figures)
@@ -229,11 +250,15 @@ class Trainer:
             plot_loss(self.run.folder / PLOT, lines, self.run.name)
 
     def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:
-        """Raises TrainingDiverged before the update is made, so that the parameters are the last good ones."""
+        """Raises TrainingDiverged before the update is made, so that the parameters are the last good ones.
+
+        With updates in the backward pass this comes after them; the last checkpoint is good then, too.
+        """
         counters = self.counters
         value = figures[0]
         if not all(map(math.isfinite, figures)):
-            where = first_not_finite(self.student, tokens_BT)
+            gone = {} if self.stepping is None else self.stepping.norms
+            where = first_not_finite(self.student, tokens_BT, gone)
             self._diverged(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite ({where})")
         previous = counters.smoothed_loss
         counters.smoothed_loss = value if previous is None else _SMOOTHING * previous + (1 - _SMOOTHING) * value
@@ -242,8 +267,15 @@ class Trainer:
         if counters.smoothed_loss > factor * counters.lowest_loss + margin:
             self._diverged(
                 f"the loss has risen from {counters.lowest_loss:.3f} to {counters.smoothed_loss:.3f} "
-                f"(largest gradient for its size: {largest_gradient(self.student)})"
+                f"(largest gradient for its size: {self._largest_gradient()})"
             )
+
+    def _largest_gradient(self) -> str:
+        if self.stepping is None:
+            norms = {name: p.grad.norm() for name, p in self.student.named_parameters() if p.grad is not None}
+        else:
+            norms = self.stepping.norms
+        return largest_gradient(self.student, norms)
 
     def _diverged(self, what: str) -> None:
         assert self.config.lr is not None
@@ -277,8 +309,11 @@ def _catching_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
-    """Where the first value that is not finite comes up: in a forward pass, else in the gradients that are there."""
+def first_not_finite(student: Decoder, tokens_BT: Tensor, norms: Mapping[str, Tensor] | None = None) -> str:
+    """Where the first value that is not finite comes up: in a forward pass, else in the gradients that are there.
+
+    norms: of gradients that are gone, by parameter.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -301,15 +336,16 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
             handle.remove()
     if found:
         return f"first in the output of {found[0]}"
-    bad = [n for n, p in student.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    sizes = dict(norms or {}) | {n: p.grad.norm() for n, p in student.named_parameters() if p.grad is not None}
+    bad = [n for n, _ in student.named_parameters() if n in sizes and not bool(sizes[n].isfinite())]
     return f"first in the gradient of {bad[-1]}" if bad else "in the logits"
 
 
-def largest_gradient(student: nn.Module) -> str:
-    """The parameter whose gradient is largest in comparison with its values."""
+def largest_gradient(student: nn.Module, norms: Mapping[str, Tensor]) -> str:
+    """The parameter whose gradient is largest in comparison with its values. norms: of gradients, by parameter."""
     ratios = {
-        name: float(p.grad.norm() / p.detach().norm().clamp(min=1e-12))
+        name: float(norms[name] / p.detach().norm().clamp(min=1e-12))
         for name, p in student.named_parameters()
-        if p.grad is not None
+        if name in norms
     }
     return max(ratios, key=lambda name: ratios[name])
