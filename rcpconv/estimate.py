@@ -4,8 +4,8 @@ The terms are theory. calibration.json holds factors between them and measuremen
 it is needed to read the terms. examples/benchmarks/measure_training.py measures, and writes that file. Knows nothing
 of weights, texts, or which settings are best.
 
-Over several GPUs, weights, states and teacher are cut into equal shares, and every layer is put together where it is
-used; activations are each GPU's own.
+Over several GPUs, weights, states and teacher are cut into equal shares; every layer is put together where it is used,
+and tables for all of a step. The sequences of a step are divided, too.
 """
 
 from __future__ import annotations
@@ -110,6 +110,14 @@ def checkpoint_bytes(config: QuantizeConfig, architecture: Architecture, quantiz
     return round(_weight_bytes(config) * weights + _FLOAT32 * quantizers + states * (weights + quantizers))
 
 
+def _own_batches(config: QuantizeConfig, gpus: int) -> tuple[int, int]:
+    """(sequences of a batch, batches of a step) of each GPU."""
+    assert config.batch_size is not None and config.grad_accum is not None
+    own = math.ceil(config.batch_size * config.grad_accum / gpus)
+    sequences = min(config.batch_size, own)
+    return sequences, math.ceil(own / sequences)
+
+
 def memory(
     config: QuantizeConfig,
     architecture: Architecture,
@@ -128,8 +136,8 @@ def memory(
     layer_quantizers = quantizers // a.num_layers
     learnt = _weight_bytes(config)
 
-    assert config.batch_size is not None and config.seq_len is not None
-    tokens = config.batch_size * config.seq_len
+    assert config.seq_len is not None
+    tokens = _own_batches(config, gpus)[0] * config.seq_len
     kept = _BFLOAT16 if half else _FLOAT32
     live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
     layer_weights = (kept + 1) * layer  # integers and codes, kept for the backward pass
@@ -145,8 +153,8 @@ def memory(
     teacher = _BYTES["int8"] if config.teacher_weights == "int8" else kept
     gathered = 0.0
     if gpus > 1:  # layers put together, and what is computed of them before it is spread
-        whole = learnt * layer + _FLOAT32 * layer_quantizers
-        gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + (learnt + teacher) * table
+        whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
+        gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
     factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
     needs = {
         "weights": learnt * weights / gpus,
@@ -181,13 +189,14 @@ def step_seconds(
 
     flops: of each device, in large matmuls. Over several GPUs, layers travel while others compute: what takes longer.
     """
-    assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
+    assert config.seq_len is not None
+    sequences, batches = _own_batches(config, gpus)
     a = architecture
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
     again = config.grad_checkpointing == "on"
     passes = 8 + (2 if again else 0)
-    tokens = config.batch_size * config.seq_len
+    tokens = sequences * config.seq_len
     products = passes * tokens * (linear + table + attention) / (flops * _EFFICIENCY[kind])
     elementwise = _SECONDS_PER_SAVED_BYTE[kind] * tokens * a.num_layers * saved_bytes(a)
     if config.compile == "on":
@@ -198,4 +207,4 @@ def step_seconds(
         travelling = (3 * _weight_bytes(config) + _BFLOAT16) * linear / _LINK_BYTES
         computing = max(computing, travelling)
     factor = (factors or calibration()).seconds[COMPILED if config.compile == "on" else EAGER]
-    return config.grad_accum * computing * factor
+    return batches * computing * factor

@@ -164,7 +164,7 @@ class Plan:
         """Tokens of one optimizer step."""
         c = self.config
         assert c.batch_size is not None and c.grad_accum is not None and c.seq_len is not None
-        return c.batch_size * c.grad_accum * c.seq_len * self.machine.gpus
+        return c.batch_size * c.grad_accum * c.seq_len
 
     @property
     def memory_bytes(self) -> int:
@@ -234,7 +234,7 @@ class Plan:
             f"{size(self.memory_bytes)}{' of each' if m.gpus > 1 else ''}, a checkpoint {size(self.checkpoint_bytes)} "
             "of disk",
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences "
-            f"{f'× {m.gpus} GPUs ' if m.gpus > 1 else ''}× {c.seq_len} tokens = {tokens:,} tokens, about "
+            f"× {c.seq_len} tokens = {tokens:,} tokens, about "
             f"{duration(self.seconds)} ({c.precision}, gradient checkpointing {c.grad_checkpointing}, compile "
             f"{c.compile}{self._savings()})"
             if self.steps
@@ -289,7 +289,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     quantization = quantization_of(config)
     config, memory = _fit_memory(config, architecture, quantization, machine)
     assert config.batch_size is not None and config.grad_accum is not None
-    per_step = config.batch_size * config.grad_accum * seq_len * machine.gpus
+    per_step = config.batch_size * config.grad_accum * seq_len
     steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps
     assert steps is not None
     return Plan(
@@ -375,14 +375,14 @@ def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, st
 
 
 def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
-    """Sizes and accumulations of the batch of each GPU, in two groups, larger batches first."""
-    total = max(1, DEFAULT_SEQUENCES // gpus)
+    """Sizes and accumulations of batches, in two groups, larger ones first; each GPU has a share of every step."""
+    total = gpus * math.ceil(DEFAULT_SEQUENCES / gpus)
     if config.batch_size is not None:
         sizes = [config.batch_size]
     elif config.grad_accum is not None:
         sizes = [max(1, total // config.grad_accum)]
     else:
-        sizes = [size for size in (8, 4, 2, 1) if size <= total]
+        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total]
     pairs = [
         (size, config.grad_accum or (1 if config.step_in_backward == "on" else max(1, total // size))) for size in sizes
     ]
