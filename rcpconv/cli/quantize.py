@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from click.core import ParameterSource
 
 from rcpconv.cli.options import FILE, FOLDER, Value
 from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
+from rcpconv.errors import ProcessDied
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of processes that were asked to stop, and said so."""
 _NEWEST = "newest"
 """What --resume means without a run (rcpconv.quantize.NEWEST)."""
 
@@ -66,6 +71,12 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--runs", type=FOLDER, metavar="FOLDER", help="Where run folders are. Default: $RCPCONV_RUNS, else rcp-runs."
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train on so many GPUs of this machine (CPU: processes). On several machines: torchrun -m rcpconv quantize.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan (shapes, bytes, memory, steps, time) and stop.")
 @click.option("--force", is_flag=True, help="Train even where memory or time are estimated not to suffice.")
 @click.pass_context
@@ -77,6 +88,7 @@ def quantize(
     resume: str | None,
     out: Path | None,
     runs: Path | None,
+    gpus: int | None,
     dry_run: bool,
     force: bool,
     **settings: Any,
@@ -88,21 +100,33 @@ def quantize(
     """
     from rich.console import Console
 
+    from rcpconv import distributed
+
+    if gpus and gpus > 1 and not distributed.launched():
+        try:
+            distributed.launch(gpus, sys.executable, "-m", "rcpconv", *sys.argv[1:])
+        except ProcessDied as died:
+            if died.exit_code in _STOPPED:
+                ctx.exit(died.exit_code)
+            raise
+        return
+
     from rcpconv.quantize import quantize as train
     from rcpconv.train.loop import Interrupted
 
     given = {name: settings[name] for name in settings if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     try:
-        train(
-            model,
-            given,
-            recipe=recipe,
-            resume=resume,
-            out=out,
-            runs=runs,
-            dry_run=dry_run,
-            force=force,
-            console=Console(),
-        )
+        with distributed.joined():
+            train(
+                model,
+                given,
+                recipe=recipe,
+                resume=resume,
+                out=out,
+                runs=runs,
+                dry_run=dry_run,
+                force=force,
+                console=Console(),
+            )
     except Interrupted as stop:
         ctx.exit(128 + stop.signal_number)
