@@ -1,7 +1,7 @@
-"""A training spread over processes, one a GPU: who is first, what all agree on, shards, and how processes start and end.
+"""A training spread over processes, one a GPU: who is first, what all agree on, shards, starting and ending.
 
-torch does the work: FSDP2 shards student and teacher, torchrun's agent starts the processes and ends them when one dies.
-In a process of its own (no process group) every function here is the identity. The first process decides and says what
+torch does the work: FSDP2 shards student and teacher, torchrun's agent starts processes and ends them when one dies. In
+a process of its own (no process group) every function here is the identity. The first process decides and says what
 there is to say; the others follow. Knows nothing of losses, texts or run folders.
 """
 

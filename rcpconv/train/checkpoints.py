@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -60,7 +60,7 @@ def _save_parts(path: Path, state: dict[str, Any]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     distributed.wait_for_all()
-    dcp.save(state, checkpoint_id=temporary)
+    state_dict_saver.save(state, checkpoint_id=temporary)
     if not distributed.rank():
         with saving(path):
             temporary.rename(path)
@@ -80,10 +80,10 @@ def load(path: Path, like: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """
     try:
         if path.is_dir():
-            state = like()
-            dcp.load(state, checkpoint_id=path, no_dist=distributed.processes() == 1)
-            return state
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            target = like()
+            state_dict_loader.load(target, checkpoint_id=path, no_dist=distributed.processes() == 1)
+            return target
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return state if distributed.processes() == 1 else _parts(state, like())
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         reason = str(error).partition("\n")[0]

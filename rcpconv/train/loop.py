@@ -138,7 +138,7 @@ class Trainer:
         if bad:
             self._diverged(f"parameter {bad[0]} is not finite")
         metrics.sync()
-        self.counters.metrics_bytes = metrics.length
+        self.counters.metrics_bytes = distributed.from_first(metrics.length)
         checkpoints.save(self.run, self.counters.step, self._state(), self.config.keep_checkpoints)
 
     def _tokens(self, first: int, count: int) -> Tensor:
