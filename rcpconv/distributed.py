@@ -30,7 +30,7 @@ from rcpconv.model import Decoder
 _PATIENCE = timedelta(hours=12)
 """How long processes wait for each other, for the first one may sample texts or evaluate for hours. That one of them
 died is noticed otherwise: by torchrun's agent, and by connections that close."""
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0
 """How long a process keeps an error to itself, which is most often another's: that one's ends the job."""
 
 T = TypeVar("T")
@@ -70,8 +70,10 @@ def joined() -> Iterator[None]:
             raise
         time.sleep(_GRACE_SECONDS)
         raise type(error)(f"process {rank()} of {processes()}: {error}") from error
-    except RuntimeError:  # also that a connection is lost
+    except RuntimeError as error:
         time.sleep(_GRACE_SECONDS)
+        if isinstance(error, dist.DistError) or "closed by peer" in str(error) or "reset by peer" in str(error):
+            raise ProcessDied(f"process {rank()} of {processes()} has lost the connection to another one", 1) from error
         raise
     dist.destroy_process_group()  # not after an error, when others may still wait for an answer
 
