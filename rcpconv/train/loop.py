@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from rcpconv import distributed
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import TrainingDiverged
 from rcpconv.model import Decoder
@@ -33,8 +35,8 @@ from rcpconv.train.average import RunningMean
 from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
 from rcpconv.train.memory import StepInBackward, narrow_weights
-from rcpconv.train.optimizer import Together, make_optimizer, rate_factor, set_rates
-from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
+from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
+from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
 from rcpconv.train.tokens import Mixture, Sequences
 
@@ -97,42 +99,59 @@ class Trainer:
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(student, config)
+        self.counters = Counters()
+        checkpoint = checkpoints.newest(run)
+        if config.start != "weights" and checkpoint is None:
+            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
+            start_from_data(student, [self._tokens(i, self.batch) for i in batches], config.start == "feedback")
+        if config.master_weights == "bf16":
+            narrow_weights(student)
+        if config.compile == "on":
+            compile_layers(student, teacher, self._tokens(0, self.batch))
+        distributed.shard(student, self.optimizer.param_groups)
+        distributed.shard(teacher, [])
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.stepping: StepInBackward | None = None
         if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
             learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
             self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
-        self.counters = Counters()
-        self._load()
+        if checkpoint is not None:
+            self._load(checkpoint)
 
-    def _load(self) -> None:
-        state = checkpoints.newest(self.run)
-        if state is not None:
-            self.student.load_state_dict(state["student"])
-            if state["optimizer"] is None:
-                self.console.print("The checkpoint holds weights alone: the optimizer's states begin anew")
-            else:
-                self.optimizer.load_state_dict(state["optimizer"])
-            if self.mean is not None:
-                self.mean.load(state["mean"])
-            self.counters = Counters(**state["counters"])
-
-    def _save(self, metrics: Metrics) -> None:
-        """Write a checkpoint; never one with parameters that are not finite."""
-        bad = [name for name, value in self.student.named_parameters() if not bool(value.isfinite().all())]
-        if bad:
-            self._diverged(f"parameter {bad[0]} is not finite")
-        metrics.sync()
-        self.counters.metrics_bytes = metrics.length
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """All that a checkpoint holds."""
+        return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.config.checkpoint_contents == "all" else None,
             "counters": asdict(self.counters),
             "mean": None if self.mean is None else self.mean.means,
         }
-        checkpoints.save(self.run, self.counters.step, state, self.config.keep_checkpoints)
+
+    def _load(self, checkpoint: Path) -> None:
+        def like() -> dict[str, Any]:
+            make_state(self.optimizer)
+            return self._state()
+
+        state = checkpoints.load(checkpoint, like)
+        self.student.load_state_dict(state["student"])
+        if state["optimizer"] is None:
+            self.console.print("The checkpoint holds weights alone: the optimizer's states begin anew")
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.mean is not None:
+            self.mean.load(state["mean"])
+        self.counters = Counters(**state["counters"])
+
+    def _save(self, metrics: Metrics) -> None:
+        """Write a checkpoint; never one with parameters that are not finite."""
+        bad = [name for name, value in self.student.named_parameters() if not _finite(value)]
+        if bad:
+            self._diverged(f"parameter {bad[0]} is not finite")
+        metrics.sync()
+        self.counters.metrics_bytes = distributed.from_first(metrics.length)
+        checkpoints.save(self.run, self.counters.step, self._state(), self.config.keep_checkpoints)
 
     def _tokens(self, first: int, count: int) -> Tensor:
         """(B, T) sequences of the endless order."""
@@ -158,20 +177,13 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
         c, counters = self.config, self.counters
-        if c.start != "weights" and not counters.step:
-            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
-            start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
-        if c.master_weights == "bf16":
-            narrow_weights(self.student)
-        if c.compile == "on":
-            compile_layers(self.student, self.teacher, self._tokens(0, self.batch))
-        metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
+        metrics = NoMetrics() if distributed.rank() else Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
         try:
             stepping = nullcontext() if self.stepping is None else self.stepping.attached()
             progress_bar = LiveProgress(self.console, self.steps, counters.step)
-            with stepping, progress_bar as progress, _catching_signals() as caught:
+            with stepping, progress_bar as progress, _catching_signals() as stopped:
                 while counters.step < self.steps:
                     self._update(loss)
                     rate.add(self.tokens_per_step)
@@ -182,6 +194,7 @@ class Trainer:
                     if self.evaluate is not None and c.eval_every and counters.step % c.eval_every == 0:
                         with progress.hidden(), nullcontext() if self.mean is None else self.mean.in_place():
                             line["perplexity"] = self.evaluate(self.student)
+                            distributed.reshard(self.student)
                         rate.skip(paused)
                     if counters.step % c.log_every == 0 or line or last:
                         line = self._line(rate) | line
@@ -189,14 +202,14 @@ class Trainer:
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
                     kept = last and self.keep
-                    if caught or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
+                    if stopped() or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
                             plotted = paused
                         rate.skip(paused)
-                    if caught:
-                        raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", caught[0])
+                    if number := stopped():
+                        raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", number)
         finally:
             metrics.close()
             self._plot()
@@ -211,15 +224,16 @@ class Trainer:
         if self.stepping is not None:
             self.stepping.previous = counters.norm
         first, matching = counters.step * self.accum * self.batch, self._matching()
-        for start in range(first, first + self.accum * self.batch, self.batch):
-            tokens_BT = self._tokens(start, self.batch)
-            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, matching, c.low_memory)
-            totals += torch.stack(found) / self.accum
+        parts = distributed.own_sequences(first, self.batch, self.accum)
+        for start, count in parts:
+            tokens_BT = self._tokens(start, count)
+            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / len(parts), matching, c.low_memory)
+            totals += torch.stack(found) / len(parts)
         if self.stepping is None:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:
             norm = self.stepping.norm()
-        figures = (*totals.tolist(), norm.item())
+        figures = (*distributed.mean(totals).tolist(), distributed.whole(norm).item())
         self._check(figures, tokens_BT)
         if self.stepping is None:
             nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
@@ -246,7 +260,7 @@ class Trainer:
 
     def _plot(self) -> None:
         lines = read_metrics(self.run.folder / METRICS)
-        if lines and self.keep:
+        if lines and self.keep and not distributed.rank():
             plot_loss(self.run.folder / PLOT, lines, self.run.name)
 
     def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:
@@ -287,26 +301,39 @@ class Trainer:
 
 
 @contextmanager
-def _catching_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM; a second one of either acts as ever. Without effect outside the main thread."""
+def _catching_signals() -> Iterator[Callable[[], int]]:
+    """Collect Ctrl-C and SIGTERM; gives a function that says which has come to any process, or 0.
+
+    A second one of either acts as ever, but not where several processes train: torchrun repeats to them what the
+    terminal has sent already, and after a while kills them. Without effect outside the main thread.
+    """
     caught: list[int] = []
+
+    def stopped() -> int:
+        return distributed.largest(caught[0] if caught else 0)
+
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield stopped
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if distributed.processes() == 1:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, catch)
     try:
-        yield caught
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(distributed.whole(tensor.isfinite().all()))
 
 
 def first_not_finite(student: Decoder, tokens_BT: Tensor, norms: Mapping[str, Tensor] | None = None) -> str:
@@ -325,7 +352,7 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor, norms: Mapping[str, Te
         return hook
 
     for name, parameter in student.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not _finite(parameter):
             return f"parameter {name}"
     handles = [module.register_forward_hook(watch(name)) for name, module in student.named_modules() if name]
     try:
@@ -336,15 +363,15 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor, norms: Mapping[str, Te
             handle.remove()
     if found:
         return f"first in the output of {found[0]}"
-    sizes = dict(norms or {}) | {n: p.grad.norm() for n, p in student.named_parameters() if p.grad is not None}
-    bad = [n for n, _ in student.named_parameters() if n in sizes and not bool(sizes[n].isfinite())]
+    gone = [n for n, norm in (norms or {}).items() if not bool(norm.isfinite())]
+    bad = gone or [n for n, p in student.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return f"first in the gradient of {bad[-1]}" if bad else "in the logits"
 
 
 def largest_gradient(student: nn.Module, norms: Mapping[str, Tensor]) -> str:
     """The parameter whose gradient is largest in comparison with its values. norms: of gradients, by parameter."""
     ratios = {
-        name: float(norms[name] / p.detach().norm().clamp(min=1e-12))
+        name: float(distributed.whole(norms[name]) / distributed.whole(p.detach().norm()).clamp(min=1e-12))
         for name, p in student.named_parameters()
         if name in norms
     }

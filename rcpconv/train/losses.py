@@ -123,11 +123,10 @@ def distill(
         hidden_MC, distance = student.hidden(tokens_BT).flatten(0, 1), None
     else:
         with torch.no_grad():
-            taught = list(teacher.streams(tokens_BT))
-            taught_MC = teacher.head_inputs(taught[-1]).flatten(0, 1)
-            taught = list(map(matching.turned, taught))
-        streams = list(student.streams(tokens_BT))
-        hidden_MC, distance = student.head_inputs(streams[-1]).flatten(0, 1), weight * matching(streams, taught)
+            taught_BTC, taught = teacher.hidden_and_streams(tokens_BT)
+            taught_MC, taught = taught_BTC.flatten(0, 1), list(map(matching.turned, taught))
+        hidden_BTC, streams = student.hidden_and_streams(tokens_BT)
+        hidden_MC, distance = hidden_BTC.flatten(0, 1), weight * matching(streams, taught)
     assert isinstance(student.head, QuantTable)
     table, scale = student.head.quantized()
     table_leaf = table.detach().requires_grad_()

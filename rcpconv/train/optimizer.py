@@ -100,6 +100,20 @@ def _single(parts: list[tuple[Callable[..., Any], list[_Group]]]) -> Iterator[tu
                 yield make, group | {"params": [parameter]}
 
 
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer | LeanAdamW | Together) -> None:
+    """Have an optimizer without state make it, by an update that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> _Group:
     return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decay}
 
