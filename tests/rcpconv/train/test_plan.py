@@ -152,8 +152,8 @@ def test_over_many_gpus_weights_are_spread(architecture: Architecture, gpus: int
 
 def test_a_dry_run_needs_neither_gpus_nor_weights(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    arguments = ["quantize", str(tmp_path), "--gpus", "4", "--gpu-memory", "48"]
-    result = CliRunner().invoke(main, [*arguments, "--dry-run"], env={"COLUMNS": "120"})
+    arguments = ["quantize", str(tmp_path), "--gpu-memory", "48"]
+    result = CliRunner().invoke(main, [*arguments, "--gpus", "4", "--dry-run"], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     for part in (
         "estimate, uncalibrated: theory alone",
