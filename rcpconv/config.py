@@ -37,6 +37,10 @@ PRECISIONS = ("auto", "bf16", "fp32")
 AUTO = "auto"
 """Stands for a value that is decided from model and machine when a run begins."""
 SWITCH = ("auto", "on", "off")
+STATES = ("auto", "fp32", "bf16", "int8")
+TEACHERS = ("auto", "full", "int8")
+MASTERS = ("auto", "fp32", "bf16")
+CONTENTS = ("all", "weights")
 
 DEMO = "demo"
 """As a model: the bundled one. As a text: what is bundled with it."""
@@ -368,7 +372,7 @@ class QuantizeConfig:
         "auto",
         choices=PRECISIONS,
         group=MACHINE,
-        help="bf16 multiplies integers and runs attention in bfloat16 (CUDA); weights are float32 in any case.",
+        help="bf16 multiplies integers and runs attention in bfloat16 (CUDA); see --master-weights for what learns.",
     )
     grad_checkpointing: str = _option(
         "auto",
@@ -378,6 +382,39 @@ class QuantizeConfig:
     )
     compile: str = _option(
         "auto", choices=SWITCH, group=MACHINE, help="Use torch.compile. auto: on a GPU, where Triton is there."
+    )
+    low_memory: bool = _option(
+        False,
+        type=bool,
+        group=MACHINE,
+        help="Where memory does not suffice, auto may also round what is learnt with: bf16 or int8 optimizer states, "
+        "an int8 teacher, bf16 weights, as few of them as will do. Smaller chunks of logits in any case.",
+    )
+    step_in_backward: str = _option(
+        "auto",
+        choices=SWITCH,
+        group=MACHINE,
+        help="Update each parameter as soon as its gradient is whole, and drop it; for --grad-accum 1. Gradients are "
+        "clipped by the last update's norm, or a parameter's own where that is larger. auto: where they would not fit.",
+    )
+    optimizer_states: str = _option(
+        "auto",
+        choices=STATES,
+        group=MACHINE,
+        help="What AdamW's two states are kept in; int8 needs torchao. auto: fp32, or see --low-memory.",
+    )
+    teacher_weights: str = _option(
+        "auto",
+        choices=TEACHERS,
+        group=MACHINE,
+        help="int8 keeps the teacher's weights in int8 with a scale a row. auto: full, or see --low-memory.",
+    )
+    master_weights: str = _option(
+        "auto",
+        choices=MASTERS,
+        group=MACHINE,
+        help="What learns: bf16 weights are rounded at random, and have bf16 gradients. auto: fp32, or see "
+        "--low-memory.",
     )
 
     seed: int = _option(0, type=int, low=0, high=2**63 - 1, group=RUN, help="Of the rotation's signs and text order.")
@@ -390,6 +427,14 @@ class QuantizeConfig:
         help="Steps between checkpoints to resume from; 0: only when stopped by Ctrl-C.",
     )
     keep_checkpoints: int = _option(2, type=int, low=1, group=RUN, free=True, help="How many checkpoints to keep.")
+    checkpoint_contents: str = _option(
+        "all",
+        choices=CONTENTS,
+        group=RUN,
+        free=True,
+        help="weights: checkpoints without optimizer states, a third as large; a run resumed from one goes on with new "
+        "states, and not to the same bits.",
+    )
     log_every: int = _option(10, type=int, low=1, group=RUN, free=True, help="Steps between lines of metrics.jsonl.")
     eval_every: int | None = _option(
         None,
@@ -417,6 +462,16 @@ class QuantizeConfig:
             )
         if self.eval_every is not None and self.eval_data is None:
             raise BadOption(f"eval_every: {self.eval_every}, but there is no eval_data to measure on")
+        if self.step_in_backward == "on" and (self.grad_accum or 1) != 1:
+            raise BadOption(
+                f"grad_accum: {self.grad_accum}, but step_in_backward keeps no gradients to add up; leave one out"
+            )
+        small = {"optimizer_states": self.optimizer_states, "master_weights": self.master_weights}
+        for name, value in small.items():
+            if self.optimizer != "adamw" and value not in (AUTO, "fp32"):
+                raise BadOption(f"{name}: {value} is for the optimizer adamw; found {self.optimizer}")
+        if self.ema and self.master_weights == "bf16":
+            raise BadOption(f"ema: {self.ema:g}, but a mean of bf16 weights would not move; use master_weights fp32")
         if self.start == "feedback" and self.method not in HELD:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:

@@ -86,6 +86,15 @@ class NotEnoughMachine(ConversionError):
     """The training does not fit this machine: memory, or a reasonable time."""
 
 
+class ProcessDied(ConversionError):
+    """One of the processes that train together has failed, or was killed."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """exit_code: as subprocess gives it, below 0 for a signal."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class RunNotFound(ConversionError):
     """There is no run folder of this name, or none in the state that was asked for."""
 

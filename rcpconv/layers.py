@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcpconv.quantizers.base import WeightCodes, WeightQuantizer
+from rcpconv.quantizers.base import WeightCodes, WeightQuantizer, widened
 from rcpconv.quantizers.functional import (
     Quantized,
     fake_quantize_kv,
@@ -186,12 +186,13 @@ class QuantTable(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, C) float32."""
-        rows = F.embedding(tokens_BT, self.weight)
+        rows = widened(F.embedding(tokens_BT, self.weight))
         return fake_quantize_rows(rows.flatten(0, -2), self.bits).reshape(rows.shape)
 
     def quantized(self) -> tuple[Tensor, Tensor | None]:
         """Integer-valued rows and their scales, or float16 values and None; differentiable. What `logits` takes."""
-        return (half_ste(self.weight), None) if self.bits == 16 else int8_rows(self.weight)
+        weight = widened(self.weight)
+        return (half_ste(weight), None) if self.bits == 16 else int8_rows(weight)
 
     def logits(self, x: Tensor, quantized: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """(..., C) -> (..., V) float32; from an earlier `quantized()` where there is one."""
@@ -205,7 +206,7 @@ class QuantTable(nn.Module):
         """(weight int8, scale float32), or (weight float16, None)."""
         if self.bits == 16:
             return self.weight.to(torch.float16), None
-        integers, scale = int8_rows(self.weight)
+        integers, scale = int8_rows(widened(self.weight))
         return integers.to(torch.int8), scale
 
 

@@ -205,6 +205,11 @@ class Decoder(nn.Module):
             last_BTC = stream_BTC
         return self.head_inputs(last_BTC)
 
+    def hidden_and_streams(self, tokens_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What `hidden` gives, and all of `streams`."""
+        streams = list(self.streams(tokens_BT))
+        return self.head_inputs(streams[-1]), streams
+
     def head_inputs(self, stream_BTC: Tensor) -> Tensor:
         """The residual stream after the last layer -> (B, T, C) float32: what the head takes."""
         return self.head_input(self.final_norm(stream_BTC))  # type: ignore[no-any-return]

@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rcpconv import estimate
 from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, UNTRAINED, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.scheme import read_scheme
-from rcpconv.train.losses import CPU_CHUNK, CUDA_CHUNK
 from rcpconv.train.progress import duration
 from rcpformat import spec
 from rcpformat.accounting import Accounting, account
@@ -36,24 +36,17 @@ DEFAULT_SEQUENCES = 8
 CPU_SECONDS = 2 * 3600
 """A training that takes longer on a CPU is refused."""
 _USABLE_MEMORY = 0.92
-_FLOAT32, _BFLOAT16 = 4, 2
-_QUANTIZER_PARAMETERS = 4
-"""Of each group: beta, gamma, s1, s2."""
-_OPTIMIZER_STATES = 2
-
-# What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
-# them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
-# at 234,000 tokens/s on an H200, docs/log.md), a quarter of it when compiled. For each batch: quantizing a weight,
-# forward and backward, and launching a layer's operations.
-_EFFICIENCY = {"cpu": 0.45, "cuda": 0.6}
-_SECONDS_PER_SAVED_BYTE = {"cpu": 0.0, "cuda": 1.2e-11}
-_COMPILED = 0.25
-_SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
-_SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1.5e-3}
-
-_SAVED_HIDDEN, _SAVED_ATTENTION, _SAVED_KV, _SAVED_MLP = 26, 17, 33, 21
-"""Bytes that the backward pass of a layer keeps of a token: for each channel of the residual stream, of the queries, of
-keys and values together, and of the MLP. Measured with saved-tensor hooks, as tests/rcpconv/train/test_plan.py does."""
+_WITH_ROOM = {"cpu": _USABLE_MEMORY, "cuda": 0.85}
+"""Share of the memory that a plan keeps to where it can."""
+_PLAIN = {
+    "grad_checkpointing": "off",
+    "step_in_backward": "off",
+    "optimizer_states": "fp32",
+    "teacher_weights": "full",
+    "master_weights": "fp32",
+}
+"""Settings that cost memory or something else, as they are where memory suffices."""
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +62,10 @@ class Machine:
     """Multiplications and additions a second of a large matmul, in the precision that training uses there."""
     compiles: bool = False
     """Whether training gains from torch.compile there."""
+    eight_bits: bool = False
+    """Whether optimizer states can be kept in 8 bits there."""
+    gpus: int = 1
+    """Devices of this kind, over which weights are spread; the other figures are of each."""
 
     @property
     def kind(self) -> str:
@@ -85,7 +82,10 @@ def look_at_machine(device: str) -> Machine:
         )
     if device == "cpu" or (device == "auto" and not available):
         name = f"CPU, {torch.get_num_threads()} threads"
-        return Machine(device="cpu", name=name, memory_bytes=_free_memory(), flops=_matmul_rate("cpu"))
+        eight_bits = find_spec("torchao") is not None
+        return Machine(
+            device="cpu", name=name, memory_bytes=_free_memory(), flops=_matmul_rate("cpu"), eight_bits=eight_bits
+        )
     device = "cuda:0" if device in ("auto", "cuda") else device
     if int(device.partition(":")[2]) >= torch.cuda.device_count():
         raise NotEnoughMachine(f"device {device}: expected one of {torch.cuda.device_count()} CUDA devices")
@@ -95,6 +95,25 @@ def look_at_machine(device: str) -> Machine:
         memory_bytes=torch.cuda.mem_get_info(device)[0],
         flops=_matmul_rate(device),
         compiles=find_spec("triton") is not None,
+        eight_bits=find_spec("torchao") is not None,
+    )
+
+
+SUPPOSED_FLOPS = 7e14
+"""Of a GPU that is not there: an H100's or H200's large matmuls in bfloat16."""
+
+
+def supposed_machine(gpus: int, gpu_bytes: float) -> Machine:
+    """GPUs that need not be there, to plan for."""
+    name = f"{gpus} GPU{'s' if gpus > 1 else ''} of {size(gpu_bytes)}, supposed"
+    return Machine(
+        device="cuda:0",
+        name=name,
+        memory_bytes=round(gpu_bytes),
+        flops=SUPPOSED_FLOPS,
+        compiles=True,
+        eight_bits=True,
+        gpus=gpus,
     )
 
 
@@ -135,7 +154,7 @@ class Plan:
     machine: Machine
     sizes: Accounting
     memory: dict[str, int]
-    """Bytes of device memory by what they are for."""
+    """Bytes of each device's memory by what they are for."""
     checkpoint_bytes: int
     steps: int
     seconds: float
@@ -161,7 +180,8 @@ class Plan:
         if m.kind == "cpu" and self.seconds > CPU_SECONDS:
             found.append(f"the training would take about {duration(self.seconds)}")
         if found:
-            remedy = "use a smaller model, or less text (--tokens, --seq-len)"
+            remedy = f"{'' if c.low_memory else '--low-memory, '}a smaller model, or less text (--tokens, --seq-len)"
+            remedy = f"use {remedy}"
             found = [
                 f"{'; '.join(found)}: use a CUDA GPU with {size(self.least_gpu_bytes())} of free memory, or {remedy}"
             ]
@@ -174,8 +194,8 @@ class Plan:
         elif self.checkpoint_bytes * kept + result > disk:
             found.append(
                 f"{size(disk)} of disk are free in {existing}, {kept} checkpoints and the result take "
-                f"{size(self.checkpoint_bytes * kept + result)}: use --keep-checkpoints 1, or --checkpoint-every 0 for "
-                "none"
+                f"{size(self.checkpoint_bytes * kept + result)}: use --keep-checkpoints 1, --checkpoint-contents "
+                "weights, or --checkpoint-every 0 for none"
             )
         return found
 
@@ -191,14 +211,20 @@ class Plan:
     def least_gpu_bytes(self) -> int:
         """Memory that a GPU needs for this training, one sequence at a time."""
         config = self.config.changed(batch_size=1, grad_checkpointing="on", precision="bf16")
-        gpu = replace(self.machine, device="cuda:0")
-        return round(sum(_memory(config, self.architecture, self.quantization, gpu).values()) / _USABLE_MEMORY)
+        return round(
+            sum(estimate.memory(config, self.architecture, self.quantization, "cuda").values()) / _USABLE_MEMORY
+        )
 
     def show(self, console: Console) -> None:
         """Print the whole plan as tables."""
         console.print(_layers_table(self))
         console.print(_memory_table(self))
         self.show_summary(console)
+
+    def _savings(self) -> str:
+        """What is not as it is where memory suffices."""
+        shown = [name for name in _PLAIN if name != "grad_checkpointing" and getattr(self.config, name) != _PLAIN[name]]
+        return "".join(f", {name.replace('_', '-')} {getattr(self.config, name)}" for name in shown)
 
     def show_summary(self, console: Console) -> None:
         """Print size, memory, steps and time in a few lines."""
@@ -208,10 +234,12 @@ class Plan:
             f"file      {size(s.total_bytes)} without its tokenizer, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× "
             f"smaller, {s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
             f"machine   {m.name}, {size(m.memory_bytes)} free, {m.flops / 1e12:.3g} TFLOP/s; training takes about "
-            f"{size(self.memory_bytes)}, a checkpoint {size(self.checkpoint_bytes)} of disk",
-            f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences × {c.seq_len} tokens = "
-            f"{tokens:,} tokens, about {duration(self.seconds)} ({c.precision}, gradient checkpointing "
-            f"{c.grad_checkpointing}, compile {c.compile})"
+            f"{size(self.memory_bytes)}{' of each' if m.gpus > 1 else ''}, a checkpoint {size(self.checkpoint_bytes)} "
+            "of disk",
+            f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences "
+            f"× {c.seq_len} tokens = {tokens:,} tokens, about "
+            f"{duration(self.seconds)} ({c.precision}, gradient checkpointing {c.grad_checkpointing}, compile "
+            f"{c.compile}{self._savings()})"
             if self.steps
             else "training  none",
         ):
@@ -244,6 +272,8 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         )
     if config.precision == "bf16" and machine.kind == "cpu":
         raise BadOption("precision: bf16 needs a CUDA device; on a CPU use fp32")
+    if config.optimizer_states == "int8" and not machine.eight_bits:
+        raise BadOption("optimizer_states: int8 needs torchao: pip install 'rcpconv[low-memory]', or use bf16")
     precision = config.precision if config.precision != "auto" else ("bf16" if machine.kind == "cuda" else "fp32")
     if config.method in UNTRAINED or config.steps == 0:
         config = config.changed(steps=0, tokens=None, data=())
@@ -265,7 +295,6 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     per_step = config.batch_size * config.grad_accum * seq_len
     steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps
     assert steps is not None
-    parameters = memory["weights and quantizers"]
     return Plan(
         config=config,
         architecture=architecture,
@@ -274,9 +303,9 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         machine=machine,
         sizes=account(architecture, quantization, tied_checkpoint=tied),
         memory=memory,
-        checkpoint_bytes=(1 + _optimizer_states(config)) * parameters if steps else 0,
+        checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
-        seconds=steps * _step_seconds(config, architecture, machine),
+        seconds=steps * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus),
     )
 
 
@@ -299,95 +328,68 @@ def _with_rates(config: QuantizeConfig, architecture: Architecture) -> QuantizeC
 def _fit_memory(
     config: QuantizeConfig, architecture: Architecture, quantization: Quantization, machine: Machine
 ) -> tuple[QuantizeConfig, dict[str, int]]:
-    """Decide batch size, accumulation and checkpointing: the first combination that fits, else the smallest."""
-    for candidate in _batches(config):
-        memory = _memory(candidate, architecture, quantization, machine)
-        if sum(memory.values()) <= _USABLE_MEMORY * machine.memory_bytes:
-            break
+    """Decide the settings that save memory: the first combination that fits with room left, or at all, or the last."""
+    for share in (_WITH_ROOM[machine.kind], _USABLE_MEMORY):
+        for candidate in _candidates(config, machine):
+            memory = estimate.memory(candidate, architecture, quantization, machine.kind, machine.gpus)
+            if sum(memory.values()) <= share * machine.memory_bytes:
+                return candidate, memory
     return candidate, memory
 
 
-def _batches(config: QuantizeConfig) -> Iterator[QuantizeConfig]:
-    """Combinations of the open settings, the fastest first."""
-    switches = ("off", "on") if config.grad_checkpointing == "auto" else (config.grad_checkpointing,)
-    total = DEFAULT_SEQUENCES
+def _candidates(config: QuantizeConfig, machine: Machine) -> Iterator[QuantizeConfig]:
+    """Combinations of the open settings: first those that change nothing but speed, the fastest first, then others."""
+    plain = {name: value for name, value in _PLAIN.items() if getattr(config, name) == AUTO}
+    now = config.changed(**plain)
+    stages = [now]
+    if "grad_checkpointing" in plain:
+        now = now.changed(grad_checkpointing="on")
+        stages.append(now)
+    yield from _each(stages, _batches(now, machine.gpus))
+    stages = []
+    for name, value in _savings(config, machine):
+        if name in plain:
+            now = now.changed(**{name: value})
+            stages.append(now)
+    if stages:
+        yield from _each(stages, _batches(now, machine.gpus))
+
+
+def _each(stages: list[QuantizeConfig], batches: list[list[tuple[int, int]]]) -> Iterator[QuantizeConfig]:
+    for group in batches:
+        for stage in stages:
+            for size, accum in group:
+                yield stage.changed(batch_size=size, grad_accum=accum)
+
+
+def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, str]]:
+    """Settings that save memory beyond recomputing activations, the most harmless first."""
+    if config.grad_accum in (None, 1) and machine.gpus == 1:
+        yield "step_in_backward", "on"
+    if config.low_memory:
+        if config.optimizer == "adamw":
+            yield "optimizer_states", "bf16"
+        yield "teacher_weights", "int8"
+        if config.optimizer == "adamw":
+            if machine.eight_bits:
+                yield "optimizer_states", "int8"
+            if not config.ema:
+                yield "master_weights", "bf16"
+
+
+def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
+    """Sizes and accumulations of batches, in two groups, larger ones first; each GPU has a share of every step."""
+    total = gpus * math.ceil(DEFAULT_SEQUENCES / gpus)
     if config.batch_size is not None:
         sizes = [config.batch_size]
     elif config.grad_accum is not None:
         sizes = [max(1, total // config.grad_accum)]
     else:
-        sizes = [8, 4, 2, 1]
-    for group in (sizes[:2], sizes[2:]):
-        for switch in switches:
-            for size in group:
-                accum = config.grad_accum or max(1, total // size)
-                yield config.changed(batch_size=size, grad_accum=accum, grad_checkpointing=switch)
-
-
-def _optimizer_states(config: QuantizeConfig) -> int:
-    """Float32 values beside each parameter: AdamW's two (Muon has one, for weights), and a running mean."""
-    return _OPTIMIZER_STATES + (1 if config.ema else 0)
-
-
-def _linear_weights(architecture: Architecture) -> int:
-    return architecture.num_layers * sum(math.prod(spec.linear_shape(architecture, kind)) for kind in spec.LINEARS)
-
-
-def _memory(
-    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, machine: Machine
-) -> dict[str, int]:
-    a = architecture
-    linear, table = _linear_weights(a), a.vocab_size * a.hidden_size
-    shapes = [spec.linear_shape(a, kind) for kind in spec.LINEARS]
-    groups = a.num_layers * sum(n * spec.ceil_div(k, quantization.group_size) for n, k in shapes)
-    trained = _FLOAT32 * (linear + table * (1 if a.tied_table else 2) + _QUANTIZER_PARAMETERS * groups)
-    half = config.precision == "bf16"
-    kept = _BFLOAT16 if half else _FLOAT32
-    assert config.batch_size is not None and config.seq_len is not None
-    tokens = config.batch_size * config.seq_len
-    live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
-    layer_weights = (kept + 1) * linear // a.num_layers  # integers and codes, kept for the backward pass
-    activations = (
-        live_layers * (tokens * _saved_bytes(a) + layer_weights) + a.num_layers * tokens * _FLOAT32 * a.hidden_size
-    )
-    largest = max(table, *map(math.prod, shapes))
-    chunk = min(tokens * a.vocab_size, CUDA_CHUNK if machine.kind == "cuda" else CPU_CHUNK)
-    matched = 2 * a.num_layers * tokens * _FLOAT32 * a.hidden_size if config.hidden_loss else 0
-    needs = {
-        "weights and quantizers": trained,
-        "gradients": trained,
-        "optimizer": _optimizer_states(config) * trained,
-        "original model": (_BFLOAT16 if half else _FLOAT32) * (linear + 2 * table),
-        "activations": round(activations) + matched,
-        "working space": _FLOAT32 * (6 * largest + 6 * chunk),
-    }
-    if config.steps == 0:  # a layer at a time; beside it a matrix in float64, and one with its codes as int64
-        layer = _FLOAT32 * (linear + _QUANTIZER_PARAMETERS * groups) // a.num_layers
-        return {"weights and quantizers": layer, "working space": 7 * _FLOAT32 * max(map(math.prod, shapes))}
-    return needs
-
-
-def _saved_bytes(architecture: Architecture) -> int:
-    """What the backward pass of a layer keeps of a token."""
-    a = architecture
-    attention = _SAVED_ATTENTION * a.attention_size + _SAVED_KV * a.kv_size
-    return _SAVED_HIDDEN * a.hidden_size + attention + _SAVED_MLP * a.intermediate_size
-
-
-def _step_seconds(config: QuantizeConfig, architecture: Architecture, machine: Machine) -> float:
-    """Time of an optimizer step: 6 operations a weight and token for the student, 2 for the teacher, and overhead."""
-    assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
-    a = architecture
-    linear, table = _linear_weights(a), a.vocab_size * a.hidden_size
-    attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
-    passes = 8 + (2 if config.grad_checkpointing == "on" else 0)
-    tokens = config.batch_size * config.seq_len
-    products = passes * tokens * (linear + table + attention) / (machine.flops * _EFFICIENCY[machine.kind])
-    elementwise = _SECONDS_PER_SAVED_BYTE[machine.kind] * tokens * a.num_layers * _saved_bytes(a)
-    if config.compile == "on":
-        elementwise *= _COMPILED
-    overhead = _SECONDS_PER_WEIGHT[machine.kind] * (linear + table) + _SECONDS_PER_LAYER[machine.kind] * a.num_layers
-    return config.grad_accum * (products + elementwise + overhead)
+        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total]
+    pairs = [
+        (size, config.grad_accum or (1 if config.step_in_backward == "on" else max(1, total // size))) for size in sizes
+    ]
+    return [pairs[:2], pairs[2:]]
 
 
 def _layers_table(plan: Plan) -> Table:
@@ -422,7 +424,8 @@ def _file_bytes(plan: Plan, kind: str) -> int:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table("memory for", "bytes", title="estimate", title_justify="left")
+    each = "bytes of each GPU" if plan.machine.gpus > 1 else "bytes"
+    table = Table("memory for", each, title=f"estimate, {estimate.calibration().says()}", title_justify="left")
     table.columns[1].justify = "right"
     for name, nbytes in plan.memory.items():
         table.add_row(name, size(nbytes))

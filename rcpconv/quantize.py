@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -21,8 +22,9 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from rcpconv import distributed
 from rcpconv.baking import bake_piece, hash_tensor, lazy_baked, weight_hashes
-from rcpconv.checkpoint import SourceModel, load_source
+from rcpconv.checkpoint import SourceModel, load_source, outline_source
 from rcpconv.config import (
     AUTO,
     DEFAULT_CORPUS,
@@ -39,7 +41,7 @@ from rcpconv.evaluate import cut, lazy_perplexity, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder, LazyDecoder, Piece
-from rcpconv.plan import Plan, look_at_machine, make_plan
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
 from rcpconv.quantizers import Learning
 from rcpconv.runs import (
@@ -65,6 +67,7 @@ from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.memory import int8_teacher
 from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
@@ -73,6 +76,8 @@ from rcpformat import spec
 from rcpformat.accounting import account
 from rcpformat.architecture import Architecture
 
+GPU_GIB = 80.0
+"""Memory of the GPUs that a dry run supposes, where it is not said."""
 NEWEST = "newest"
 """As `resume`: the newest unfinished run."""
 EVALUATION_WINDOW = 1024
@@ -88,6 +93,8 @@ def quantize(
     out: Path | None = None,
     runs: Path | None = None,
     dry_run: bool = False,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> Run | None:
@@ -95,12 +102,16 @@ def quantize(
 
     settings: fields of QuantizeConfig, which beat the recipe's, which beat the defaults. recipe: a file, or as a string
     the name of a bundled one. resume: a run folder, or NEWEST; settings may then be repeated, but not changed. out: the
-    run folder to make. runs: where run folders are.
-    force: start even where the plan says that the machine will not do.
+    run folder to make. runs: where run folders are. gpus, gpu_memory (GiB): for dry_run, what to plan for instead of
+    this machine; the model may then be a folder with a configuration alone. force: start even where the plan says that
+    the machine will not do.
     Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM, when it was said how to go on. A new run that fails
-    before it trains, for its texts or its compiler, leaves no folder.
+    before it trains, for its texts or its compiler, leaves no folder. Within distributed.joined() every process calls
+    this; the first one's arguments count.
     """
     console = console or Console()
+    if distributed.rank():
+        return _follow(console)
     root = runs_root(runs)
     if resume is not None:
         if out is not None:
@@ -109,28 +120,33 @@ def quantize(
         with locked(run) as run:
             config = _same_config(run, model, settings, recipe)
             source = run.source()
-            plan = make_plan(config, source.architecture, source.tied_embeddings, look_at_machine(config.device))
+            plan = _shared_plan(config, source.architecture, source.tied_embeddings, look_at_machine(config.device))
             if plan.architecture != run.architecture:
                 raise BadRun(f"{run.folder}: {source.name} is no longer the checkpoint that this run began with")
             if dry_run:
                 plan.show(console)
-                return None
+                return distributed.from_first(None)
             console.print(f"Continuing {run.folder}", highlight=False, soft_wrap=True)
             if not force:
                 plan.require_machine(run.folder)
             windows = _evaluation_windows(plan, source)
             run.update(status=RUNNING, reason=None)
-            return _train(run, plan, source, windows, console)
+            return _lead(run, plan, source, windows, console)
     config = build_config(model, recipe, settings)
     folder = out or new_run_folder(root, config.model)
     if not dry_run:
         require_free(folder)
-    machine = look_at_machine(config.device)
+    supposed = gpus is not None or gpu_memory is not None
+    if supposed and not dry_run:
+        raise BadOption("gpus, gpu_memory: are what --dry-run plans for; a training takes what there is")
+    machine = (
+        supposed_machine(gpus or 1, (gpu_memory or GPU_GIB) * 2**30) if supposed else look_at_machine(config.device)
+    )
     judged: list[Plan] = []
 
     def judge(architecture: Architecture, tied: bool) -> None:
         """Show the plan, before the weights of a Hub model are fetched; refuse what cannot be done here."""
-        plan = make_plan(config, architecture, tied, machine)
+        plan = _shared_plan(config, architecture, tied, machine)
         if dry_run:
             plan.show(console)
             raise _OnlyPlanned
@@ -141,19 +157,48 @@ def quantize(
         judged.append(plan)
 
     try:
+        if dry_run and (outline := outline_source(config.model)) is not None:
+            judge(*outline)
         source = load_source(config.model, revision=config.revision, judge=judge)
         if not judged:
             judge(source.architecture, source.tied_embeddings)
     except _OnlyPlanned:
-        return None
-    plan = make_plan(config, source.architecture, source.tied_embeddings, machine)
+        return distributed.from_first(None)
+    plan = _shared_plan(config, source.architecture, source.tied_embeddings, machine)
     windows = _evaluation_windows(plan, source)
     with new_run(folder, plan, source) as run:
         try:
-            return _train(run, plan, source, windows, console)
+            return _lead(run, plan, source, windows, console)
         except (BadTrainingData, BadCompiler):  # nothing is trained, and resuming cannot mend it
             run.delete()
             raise
+
+
+def _lead(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> Run:
+    """Train, in the first process: tell the others what, then do as they do."""
+    distributed.from_first((run.folder.absolute(), plan, windows))
+    return _train(run, plan, source, windows, console)
+
+
+def _follow(console: Console) -> Run | None:
+    """Train, in any other process: what the first one says, in its run folder, which it holds."""
+    told: tuple[Path, Plan, list[list[int]]] | None = distributed.from_first(None)
+    if told is None:
+        return None
+    folder, plan, windows = told
+    run = Run.open(folder)
+    machine = replace(plan.machine, device=distributed.own_device(plan.machine.device))
+    return _train(run, replace(plan, machine=machine), run.source(), windows, console)
+
+
+def _shared_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
+    """The plan, its estimates for one of the processes that train. Raises BadOption."""
+    count = distributed.processes()
+    plan = make_plan(config, architecture, tied, replace(machine, gpus=count) if count > 1 else machine)
+    if count > 1 and plan.steps:
+        assert plan.config.batch_size is not None and plan.config.grad_accum is not None
+        distributed.own_sequences(0, plan.config.batch_size, plan.config.grad_accum)
+    return plan
 
 
 class _OnlyPlanned(ConversionError):
@@ -237,14 +282,18 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     """Train, bake, evaluate on the windows and finish, in a run folder that is held; mark it where that cannot be."""
     with stoppable(lambda happened: _tell_to_resume(run, happened, console)):
         try:
-            pieces = (
-                _trained_student(run, plan, source, windows, console).pieces()
-                if plan.steps
-                else lazy_untrained(plan, source, cut_tables=True).pieces()
-            )
+            if plan.steps:
+                student = _trained_student(run, plan, source, windows, console)
+                distributed.gather(student)
+                pieces = student.pieces()
+            else:
+                pieces = lazy_untrained(plan, source, cut_tables=True).pieces()
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
-            run.update(status=FAILED, reason=str(error))
+            if not distributed.rank():
+                run.update(status=FAILED, reason=str(error))
             raise
+        if distributed.rank():
+            return run
         keep_result(run, pieces, source)
         evaluation = _evaluate(run, plan, source, windows, console) if windows else None
         run.update(status=FINISHED, finished=now(), evaluation=evaluation)  # last, so that a run is finished or not
@@ -341,9 +390,13 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     @cache
     def teacher() -> Decoder:
         dtype = torch.bfloat16 if half else torch.float32
-        return original_decoder(source, dtype, ComputeOptions(half=half)).to(device)
+        decoder = original_decoder(source, dtype, ComputeOptions(half=half))
+        if config.teacher_weights == "int8":
+            int8_teacher(decoder)
+        return decoder.to(device)
 
-    sequences = _sequences(run, plan, source, teacher, console)  # before any weights are read, unless they write it
+    with distributed.first_before_others():  # before any weights are read, unless they write the texts
+        sequences = _sequences(run, plan, source, teacher, console)
     student = untrained_student(plan, source)
     trainer = Trainer(
         student=student,

@@ -19,8 +19,14 @@ LLAMA_2_7B = Architecture(
 LLAMA_2_13B = dataclasses.replace(
     LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
 )
+LLAMA_2_70B = dataclasses.replace(
+    LLAMA_2_7B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8
+)
 LLAMA_3_8B = dataclasses.replace(
     LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_kv_heads=8, max_position_embeddings=8192
+)
+LLAMA_31_405B = dataclasses.replace(
+    LLAMA_3_8B, hidden_size=16384, intermediate_size=53248, num_layers=126, num_heads=128, num_kv_heads=8
 )
 LLAMA_32_1B = dataclasses.replace(
     LLAMA_3_8B,

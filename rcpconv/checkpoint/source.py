@@ -17,7 +17,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rcpconv.checkpoint.download import download_checkpoint
 from rcpconv.checkpoint.hf import outline_hf, read_hf_weights
-from rcpconv.checkpoint.layout import META, Layout, Weights, choose_layout, read_json, read_optional_json
+from rcpconv.checkpoint.layout import (
+    HF_SAFETENSORS,
+    META,
+    Layout,
+    Weights,
+    choose_layout,
+    read_json,
+    read_optional_json,
+)
 from rcpconv.checkpoint.meta import outline_meta, read_meta_weights
 from rcpconv.checkpoint.tensors import TensorStore
 from rcpconv.checkpoint.tokenizer import TokenizerFiles, read_hf_tokenizer, read_meta_tokenizer
@@ -84,6 +92,16 @@ def load_source(
         generation=_sampling_defaults(read_optional_json(folder / "generation_config.json")),
         provenance=_provenance(model, commit, folder, layout, weights),
     )
+
+
+def outline_source(model: str) -> tuple[Architecture, bool] | None:
+    """Architecture, and whether embeddings may be tied, of a local folder that holds a configuration but no weights."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() or any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+        return None
+    if (folder / HF_SAFETENSORS.config).is_file():
+        return outline_hf(folder, HF_SAFETENSORS)
+    return outline_meta(folder) if (folder / META.config).is_file() else None
 
 
 def _find(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from click.core import ParameterSource
 
 from rcpconv.cli.options import FOLDER, Value
 from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
+from rcpconv.errors import ProcessDied
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of processes that were asked to stop, and said so."""
 _NEWEST = "newest"
 """What --resume means without a run (rcpconv.quantize.NEWEST)."""
 
@@ -34,7 +39,8 @@ class _GroupedHelp(click.Command):
 def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
     spelled = name.replace("_", "-")
     if option.type is bool:
-        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: yes.")
+        default = "yes" if DEFAULTS[name] else "no"
+        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: {default}.")
     text, default = option.help, DEFAULTS[name]
     if default not in (None, ()):
         shown = " ".join(map(str, default)) if option.many == 2 else default
@@ -71,7 +77,17 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--runs", type=FOLDER, metavar="FOLDER", help="Where run folders are. Default: $RCPCONV_RUNS, else rcp-runs."
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train on so many GPUs of this machine (CPU: processes). On several machines: torchrun -m rcpconv quantize. "
+    "With --dry-run: plan for so many, whatever is here; MODEL may be a folder with config.json alone.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan (shapes, bytes, memory, steps, time) and stop.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(1), metavar="GIB", help="With --dry-run: memory of each of them. Default: 80."
+)
 @click.option("--force", is_flag=True, help="Train even where memory or time are estimated not to suffice.")
 @click.pass_context
 def quantize(
@@ -82,7 +98,9 @@ def quantize(
     resume: str | None,
     out: Path | None,
     runs: Path | None,
+    gpus: int | None,
     dry_run: bool,
+    gpu_memory: float | None,
     force: bool,
     **settings: Any,
 ) -> None:
@@ -93,21 +111,35 @@ def quantize(
     """
     from rich.console import Console
 
+    from rcpconv import distributed
+
+    if gpus and gpus > 1 and not dry_run and not distributed.launched():
+        try:
+            distributed.launch(gpus, sys.executable, "-m", "rcpconv", *sys.argv[1:])
+        except ProcessDied as died:
+            if died.exit_code in _STOPPED:
+                ctx.exit(died.exit_code)
+            raise
+        return
+
     from rcpconv.quantize import quantize as train
     from rcpconv.train.loop import Interrupted
 
     given = {name: settings[name] for name in settings if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     try:
-        train(
-            model,
-            given,
-            recipe=recipe,
-            resume=resume,
-            out=out,
-            runs=runs,
-            dry_run=dry_run,
-            force=force,
-            console=Console(),
-        )
+        with distributed.joined():
+            train(
+                model,
+                given,
+                recipe=recipe,
+                resume=resume,
+                out=out,
+                runs=runs,
+                dry_run=dry_run,
+                gpus=gpus if dry_run else None,
+                gpu_memory=gpu_memory,
+                force=force,
+                console=Console(),
+            )
     except Interrupted as stop:
         ctx.exit(128 + stop.signal_number)

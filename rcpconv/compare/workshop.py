@@ -284,7 +284,7 @@ class Workshop:
             return copy.deepcopy(self._start[1])
         self._start = None
         student = untrained_student(plan, self.source)
-        if plan.steps and plan.memory["weights and quantizers"] < _SMALL * self.machine.memory_bytes:
+        if plan.steps and plan.memory["weights"] < _SMALL * self.machine.memory_bytes:
             self._start = (key, copy.deepcopy(student))
         return student
 

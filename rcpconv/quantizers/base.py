@@ -99,7 +99,7 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Integer-valued float weights (N, K), differentiable, and the row scale (N,) float32, which is not."""
-        grouped_NGg = to_groups(weight_NK, self.group_size)
+        grouped_NGg = to_groups(widened(weight_NK), self.group_size)
         levels_NG4 = self.levels(grouped_NGg)
         rounded_NG4, scale_N = self._rounded(levels_NG4)
         integers_NGg = self.select(grouped_NGg, levels_NG4, rounded_NG4, scale_N)
@@ -108,7 +108,7 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def bake(self, weight_NK: Tensor) -> WeightCodes:
         """The codes, levels and scale of exactly the weights that `forward` gives."""
-        grouped_NGg = to_groups(weight_NK, self.group_size)
+        grouped_NGg = to_groups(widened(weight_NK), self.group_size)
         levels_NG4 = self.levels(grouped_NGg)
         rounded_NG4, scale_N = self._rounded(levels_NG4)
         return WeightCodes(
@@ -117,6 +117,11 @@ class WeightQuantizer(nn.Module):
             scale_N=scale_N,
             group_size=self.group_size,
         )
+
+
+def widened(weight: Tensor) -> Tensor:
+    """A bfloat16 weight as float32, which is exact; any other as it is. Its gradient is bfloat16 again."""
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
 
 
 def to_groups(weight_NK: Tensor, group_size: int) -> Tensor:

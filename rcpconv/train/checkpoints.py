@@ -1,53 +1,115 @@
-"""Training checkpoints in a run folder: written whole or not at all, newest last. Knows nothing of what is in them."""
+"""Training checkpoints in a run folder: written whole or not at all, newest last. Knows nothing of what is in them.
+
+One process writes a file. Several write a folder, each its own parts (torch.distributed.checkpoint). Any number of
+processes can go on from either.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rcpconv import distributed
 from rcpconv.errors import BadRun, NotSaved
-from rcpconv.runs import Run, replacing
+from rcpconv.runs import Run, replacing, saving, sync_folder
 
 _FOLDER = "checkpoints"
 
 
 def _paths(run: Run) -> list[Path]:
     """Checkpoints by step, oldest first."""
-    return sorted((run.folder / _FOLDER).glob("step-*.pt"))
+    return sorted((run.folder / _FOLDER).glob("step-*"))
 
 
 def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     """Write the state after `step` steps, then delete all but the `keep` newest checkpoints."""
     path = run.folder / _FOLDER / f"step-{step:07d}.pt"
+    several = distributed.processes() > 1
     try:
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-    except (NotSaved, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if several:
+            path = path.with_suffix("")
+            _save_parts(path, state)
+        else:
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
+    except (NotSaved, RuntimeError, CheckpointException) as error:  # torch turns a full disk into a RuntimeError
         reason = (
             str(error).partition("\n")[0] if isinstance(error, NotSaved) else f"{path}: cannot be written ({error})"
         )
         raise NotSaved(
             f"{reason}. The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
         ) from error
-    for old in _paths(run)[:-keep]:
-        old.unlink()
+    if not distributed.rank():
+        for old in _paths(run)[:-keep]:
+            _delete(old)
 
 
-def newest(run: Run) -> dict[str, Any] | None:
-    """The state of the newest checkpoint, on the CPU; None when there is none. Raises BadRun when it is damaged."""
+def _save_parts(path: Path, state: dict[str, Any]) -> None:
+    """Every process writes what it has into a folder beside `path`, which then becomes `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if not distributed.rank():
+        with saving(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    distributed.wait_for_all()
+    state_dict_saver.save(state, checkpoint_id=temporary)
+    if not distributed.rank():
+        with saving(path):
+            temporary.rename(path)
+            sync_folder(path.parent)
+
+
+def newest(run: Run) -> Path | None:
+    """The newest checkpoint, if there is one."""
     paths = _paths(run)
-    if not paths:
-        return None
+    return paths[-1] if paths else None
+
+
+def load(path: Path, like: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The state in a checkpoint; of tensors that processes have parts of, those parts. Raises BadRun when damaged.
+
+    like: gives a state of the same form. Its tensors may be overwritten.
+    """
     try:
-        return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:
+        if path.is_dir():
+            target = like()
+            state_dict_loader.load(target, checkpoint_id=path, no_dist=distributed.processes() == 1)
+            return target
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return state if distributed.processes() == 1 else _parts(state, like())
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         reason = str(error).partition("\n")[0]
-        raise BadRun(f"{paths[-1]}: cannot be read ({reason}); delete it to resume from the one before") from error
+        raise BadRun(f"{path}: cannot be read ({reason}); delete it to resume from the one before") from error
+
+
+def _parts(state: Any, like: Any) -> Any:
+    """This process's parts of whole tensors, where `like` has parts."""
+    if isinstance(state, dict):
+        return {key: _parts(value, like.get(key)) if isinstance(like, dict) else value for key, value in state.items()}
+    if isinstance(state, list) and isinstance(like, list) and len(state) == len(like):
+        return [_parts(value, part) for value, part in zip(state, like, strict=True)]
+    if isinstance(state, Tensor) and isinstance(like, DTensor):
+        value = state.to(like.device)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return state
 
 
 def delete_all(run: Run) -> None:
     """Remove the checkpoints of a finished run."""
     for path in _paths(run):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
         path.unlink()

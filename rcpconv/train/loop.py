@@ -13,9 +13,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from rcpconv import distributed
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import TrainingDiverged
 from rcpconv.model import Decoder
@@ -32,8 +34,9 @@ from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean
 from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
-from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
-from rcpconv.train.progress import LiveProgress, Metrics, Rate, plot_loss, read_metrics
+from rcpconv.train.memory import StepInBackward, narrow_weights
+from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
+from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
 from rcpconv.train.tokens import Mixture, Sequences
 
@@ -63,6 +66,8 @@ class Counters:
     beta: float | None = None
     smoothed_loss: float | None = None
     lowest_loss: float = math.inf
+    norm: float = 0.0
+    """Of the last update's gradients."""
     unlogged: list[tuple[float, float, float]] = field(default_factory=list)
     """Loss, KL and gradient norm of the updates since the last logging step."""
 
@@ -94,35 +99,59 @@ class Trainer:
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(student, config)
-        self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         self.counters = Counters()
-        self._load()
+        checkpoint = checkpoints.newest(run)
+        if config.start != "weights" and checkpoint is None:
+            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
+            start_from_data(student, [self._tokens(i, self.batch) for i in batches], config.start == "feedback")
+        if config.master_weights == "bf16":
+            narrow_weights(student)
+        if config.compile == "on":
+            compile_layers(student, teacher, self._tokens(0, self.batch))
+        distributed.shard(student, self.optimizer.param_groups)
+        distributed.shard(teacher, [])
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.stepping: StepInBackward | None = None
+        if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
+            learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+            self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
+        self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
+        if checkpoint is not None:
+            self._load(checkpoint)
 
-    def _load(self) -> None:
-        state = checkpoints.newest(self.run)
-        if state is not None:
-            self.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.mean is not None:
-                self.mean.load(state["mean"])
-            self.counters = Counters(**state["counters"])
-
-    def _save(self, metrics: Metrics) -> None:
-        """Write a checkpoint; never one with parameters that are not finite."""
-        bad = [name for name, value in self.student.named_parameters() if not bool(value.isfinite().all())]
-        if bad:
-            self._diverged(f"parameter {bad[0]} is not finite")
-        metrics.sync()
-        self.counters.metrics_bytes = metrics.length
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """All that a checkpoint holds."""
+        return {
             "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.config.checkpoint_contents == "all" else None,
             "counters": asdict(self.counters),
             "mean": None if self.mean is None else self.mean.means,
         }
-        checkpoints.save(self.run, self.counters.step, state, self.config.keep_checkpoints)
+
+    def _load(self, checkpoint: Path) -> None:
+        def like() -> dict[str, Any]:
+            make_state(self.optimizer)
+            return self._state()
+
+        state = checkpoints.load(checkpoint, like)
+        self.student.load_state_dict(state["student"])
+        if state["optimizer"] is None:
+            self.console.print("The checkpoint holds weights alone: the optimizer's states begin anew")
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.mean is not None:
+            self.mean.load(state["mean"])
+        self.counters = Counters(**state["counters"])
+
+    def _save(self, metrics: Metrics) -> None:
+        """Write a checkpoint; never one with parameters that are not finite."""
+        bad = [name for name, value in self.student.named_parameters() if not _finite(value)]
+        if bad:
+            self._diverged(f"parameter {bad[0]} is not finite")
+        metrics.sync()
+        self.counters.metrics_bytes = distributed.from_first(metrics.length)
+        checkpoints.save(self.run, self.counters.step, self._state(), self.config.keep_checkpoints)
 
     def _tokens(self, first: int, count: int) -> Tensor:
         """(B, T) sequences of the endless order."""
@@ -148,16 +177,13 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Interrupted (state saved) or TrainingDiverged (last checkpoint stays)."""
         c, counters = self.config, self.counters
-        if c.start != "weights" and not counters.step:
-            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
-            start_from_data(self.student, [self._tokens(i, self.batch) for i in batches], c.start == "feedback")
-        if c.compile == "on":
-            compile_layers(self.student, self.teacher, self._tokens(0, self.batch))
-        metrics = Metrics(self.run.folder / METRICS, counters.metrics_bytes)
+        metrics = NoMetrics() if distributed.rank() else Metrics(self.run.folder / METRICS, counters.metrics_bytes)
         rate, loss, plotted = Rate(), self._loss(), time.perf_counter()
         self.student.train()
         try:
-            with LiveProgress(self.console, self.steps, counters.step) as progress, _catching_signals() as caught:
+            stepping = nullcontext() if self.stepping is None else self.stepping.attached()
+            progress_bar = LiveProgress(self.console, self.steps, counters.step)
+            with stepping, progress_bar as progress, _catching_signals() as stopped:
                 while counters.step < self.steps:
                     self._update(loss)
                     rate.add(self.tokens_per_step)
@@ -168,6 +194,7 @@ class Trainer:
                     if self.evaluate is not None and c.eval_every and counters.step % c.eval_every == 0:
                         with progress.hidden(), nullcontext() if self.mean is None else self.mean.in_place():
                             line["perplexity"] = self.evaluate(self.student)
+                            distributed.reshard(self.student)
                         rate.skip(paused)
                     if counters.step % c.log_every == 0 or line or last:
                         line = self._line(rate) | line
@@ -175,14 +202,14 @@ class Trainer:
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
                     kept = last and self.keep
-                    if caught or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
+                    if stopped() or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
                             plotted = paused
                         rate.skip(paused)
-                    if caught:
-                        raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", caught[0])
+                    if number := stopped():
+                        raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", number)
         finally:
             metrics.close()
             self._plot()
@@ -194,18 +221,26 @@ class Trainer:
         c = self.config
         set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule))
         totals = torch.zeros(2, device=self.device)
+        if self.stepping is not None:
+            self.stepping.previous = counters.norm
         first, matching = counters.step * self.accum * self.batch, self._matching()
-        for start in range(first, first + self.accum * self.batch, self.batch):
-            tokens_BT = self._tokens(start, self.batch)
-            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / self.accum, matching)
-            totals += torch.stack(found) / self.accum
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        figures = (*totals.tolist(), norm.item())
+        parts = distributed.own_sequences(first, self.batch, self.accum)
+        for start, count in parts:
+            tokens_BT = self._tokens(start, count)
+            found = distill(self.student, self.teacher, tokens_BT, loss, 1 / len(parts), matching, c.low_memory)
+            totals += torch.stack(found) / len(parts)
+        if self.stepping is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = self.stepping.norm()
+        figures = (*distributed.mean(totals).tolist(), distributed.whole(norm).item())
         self._check(figures, tokens_BT)
-        nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.stepping is None:
+            nn.utils.clip_grads_with_norm_(self.parameters, c.grad_clip, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         counters.step += 1
+        counters.norm = figures[-1]
         if self.mean is not None:
             self.mean.add(counters.step)
         counters.unlogged.append(figures)
@@ -225,15 +260,19 @@ class Trainer:
 
     def _plot(self) -> None:
         lines = read_metrics(self.run.folder / METRICS)
-        if lines and self.keep:
+        if lines and self.keep and not distributed.rank():
             plot_loss(self.run.folder / PLOT, lines, self.run.name)
 
     def _check(self, figures: tuple[float, ...], tokens_BT: Tensor) -> None:
-        """Raises TrainingDiverged before the update is made, so that the parameters are the last good ones."""
+        """Raises TrainingDiverged before the update is made, so that the parameters are the last good ones.
+
+        With updates in the backward pass this comes after them; the last checkpoint is good then, too.
+        """
         counters = self.counters
         value = figures[0]
         if not all(map(math.isfinite, figures)):
-            where = first_not_finite(self.student, tokens_BT)
+            gone = {} if self.stepping is None else self.stepping.norms
+            where = first_not_finite(self.student, tokens_BT, gone)
             self._diverged(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite ({where})")
         previous = counters.smoothed_loss
         counters.smoothed_loss = value if previous is None else _SMOOTHING * previous + (1 - _SMOOTHING) * value
@@ -242,8 +281,15 @@ class Trainer:
         if counters.smoothed_loss > factor * counters.lowest_loss + margin:
             self._diverged(
                 f"the loss has risen from {counters.lowest_loss:.3f} to {counters.smoothed_loss:.3f} "
-                f"(largest gradient for its size: {largest_gradient(self.student)})"
+                f"(largest gradient for its size: {self._largest_gradient()})"
             )
+
+    def _largest_gradient(self) -> str:
+        if self.stepping is None:
+            norms = {name: p.grad.norm() for name, p in self.student.named_parameters() if p.grad is not None}
+        else:
+            norms = self.stepping.norms
+        return largest_gradient(self.student, norms)
 
     def _diverged(self, what: str) -> None:
         assert self.config.lr is not None
@@ -255,30 +301,46 @@ class Trainer:
 
 
 @contextmanager
-def _catching_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM; a second one of either acts as ever. Without effect outside the main thread."""
+def _catching_signals() -> Iterator[Callable[[], int]]:
+    """Collect Ctrl-C and SIGTERM; gives a function that says which has come to any process, or 0.
+
+    A second one of either acts as ever, but not where several processes train: torchrun repeats to them what the
+    terminal has sent already, and after a while kills them. Without effect outside the main thread.
+    """
     caught: list[int] = []
+
+    def stopped() -> int:
+        return distributed.largest(caught[0] if caught else 0)
+
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield stopped
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if distributed.processes() == 1:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, catch)
     try:
-        yield caught
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
-    """Where the first value that is not finite comes up: in a forward pass, else in the gradients that are there."""
+def _finite(tensor: Tensor) -> bool:
+    return bool(distributed.whole(tensor.isfinite().all()))
+
+
+def first_not_finite(student: Decoder, tokens_BT: Tensor, norms: Mapping[str, Tensor] | None = None) -> str:
+    """Where the first value that is not finite comes up: in a forward pass, else in the gradients that are there.
+
+    norms: of gradients that are gone, by parameter.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -290,7 +352,7 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
         return hook
 
     for name, parameter in student.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not _finite(parameter):
             return f"parameter {name}"
     handles = [module.register_forward_hook(watch(name)) for name, module in student.named_modules() if name]
     try:
@@ -301,15 +363,16 @@ def first_not_finite(student: Decoder, tokens_BT: Tensor) -> str:
             handle.remove()
     if found:
         return f"first in the output of {found[0]}"
-    bad = [n for n, p in student.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    gone = [n for n, norm in (norms or {}).items() if not bool(norm.isfinite())]
+    bad = gone or [n for n, p in student.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return f"first in the gradient of {bad[-1]}" if bad else "in the logits"
 
 
-def largest_gradient(student: nn.Module) -> str:
-    """The parameter whose gradient is largest in comparison with its values."""
+def largest_gradient(student: nn.Module, norms: Mapping[str, Tensor]) -> str:
+    """The parameter whose gradient is largest in comparison with its values. norms: of gradients, by parameter."""
     ratios = {
-        name: float(p.grad.norm() / p.detach().norm().clamp(min=1e-12))
+        name: float(distributed.whole(norms[name]) / distributed.whole(p.detach().norm()).clamp(min=1e-12))
         for name, p in student.named_parameters()
-        if p.grad is not None
+        if name in norms
     }
     return max(ratios, key=lambda name: ratios[name])

@@ -25,6 +25,8 @@ UNKNOWN = -100
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 20, 1 << 27
 """Logits in memory at a time."""
+LOW_MEMORY_SHARE = 8
+"""By so much fewer with low_memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,14 @@ def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient * known_M1
 
 
-def chunk_rows(vocab_size: int, device: torch.device) -> int:
+def chunk_logits(device_type: str, low_memory: bool = False) -> int:
+    """How many logits are in memory at a time, of each of the two models."""
+    return (CUDA_CHUNK // LOW_MEMORY_SHARE if low_memory else CUDA_CHUNK) if device_type == "cuda" else CPU_CHUNK
+
+
+def chunk_rows(vocab_size: int, device: torch.device, low_memory: bool = False) -> int:
     """How many tokens' logits are computed at a time."""
-    return max(1, (CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK) // vocab_size)
+    return max(1, chunk_logits(device.type, low_memory) // vocab_size)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -103,11 +110,12 @@ def distill(
     loss: Loss,
     weight: float,
     matching: Matching | None = None,
+    low_memory: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run both models on a batch and add `weight` times the mean loss's gradient to the student's parameters.
 
     The head runs chunk by chunk, forward and backward, on its quantized table, which is made once. Returns the batch's
-    mean loss and mean KL(T ‖ S), on the device.
+    mean loss and mean KL(T ‖ S), on the device. low_memory: fewer logits at a time.
     """
     if matching is None:
         with torch.no_grad():
@@ -115,11 +123,10 @@ def distill(
         hidden_MC, distance = student.hidden(tokens_BT).flatten(0, 1), None
     else:
         with torch.no_grad():
-            taught = list(teacher.streams(tokens_BT))
-            taught_MC = teacher.head_inputs(taught[-1]).flatten(0, 1)
-            taught = list(map(matching.turned, taught))
-        streams = list(student.streams(tokens_BT))
-        hidden_MC, distance = student.head_inputs(streams[-1]).flatten(0, 1), weight * matching(streams, taught)
+            taught_BTC, taught = teacher.hidden_and_streams(tokens_BT)
+            taught_MC, taught = taught_BTC.flatten(0, 1), list(map(matching.turned, taught))
+        hidden_BTC, streams = student.hidden_and_streams(tokens_BT)
+        hidden_MC, distance = hidden_BTC.flatten(0, 1), weight * matching(streams, taught)
     assert isinstance(student.head, QuantTable)
     table, scale = student.head.quantized()
     table_leaf = table.detach().requires_grad_()
@@ -127,7 +134,7 @@ def distill(
     target_M = F.pad(tokens_BT[:, 1:], (0, 1), value=UNKNOWN).flatten()
     count = len(target_M)
     loss_sum = kl_sum = torch.zeros((), device=tokens_BT.device)
-    rows = chunk_rows(student.architecture.vocab_size, tokens_BT.device)
+    rows = chunk_rows(student.architecture.vocab_size, tokens_BT.device, low_memory)
     for part in (slice(start, start + rows) for start in range(0, count, rows)):
         hidden_leaf = hidden_MC.detach()[part].requires_grad_()
         logits_MV = student.head.logits(hidden_leaf, (table_leaf, scale))

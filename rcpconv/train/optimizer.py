@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from rcpconv.config import QuantizeConfig
+from rcpconv.config import AUTO, QuantizeConfig
+from rcpconv.train.memory import LeanAdamW
 
 PEAK = "peak_lr"
 """Key of a parameter group: its learning rate before the schedule."""
@@ -21,7 +23,7 @@ _Group = dict[str, Any]
 class Together:
     """Several optimizers, for different parameters, as one."""
 
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+    def __init__(self, *optimizers: torch.optim.Optimizer | LeanAdamW) -> None:
         self.optimizers = optimizers
 
     @property
@@ -49,11 +51,12 @@ class Together:
             optimizer.load_state_dict(state[str(i)])
 
 
-def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.AdamW | Together:
+def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.AdamW | LeanAdamW | Together:
     """AdamW with a rate each for weights, tables, weight quantizers, clips of activations and KV, biases and gains.
 
     Weight decay is for weights and tables alone. Where the configuration says so, Muon for the weights, its updates as
-    large as AdamW's (arXiv 2502.16982), and rates in proportion to the root mean square of a layer's weights.
+    large as AdamW's (arXiv 2502.16982), and rates in proportion to the root mean square of a layer's weights; small
+    states; and an optimizer for each parameter, for updates in the backward pass.
     """
     assert config.lr is not None and config.quantizer_lr is not None and config.clip_lr is not None
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "tables": [], "quantizers": [], "clips": [], "others": []}
@@ -71,10 +74,44 @@ def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.Ad
         for kind, parameters in groups.items()
         if parameters
     ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([*weights, *others], betas=config.betas, fused=True)
-    muon = torch.optim.Muon(weights, momentum=_MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, torch.optim.AdamW(others, betas=config.betas, fused=True))
+
+    def adamw(groups: list[_Group], first: int = 0) -> torch.optim.AdamW | LeanAdamW:
+        if config.optimizer_states in (AUTO, "fp32") and config.master_weights in (AUTO, "fp32"):
+            return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+        return LeanAdamW(groups, config.betas, config.optimizer_states, config.seed, first)
+
+    def muon(groups: list[_Group], first: int = 0) -> torch.optim.Optimizer:
+        return torch.optim.Muon(groups, momentum=_MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
+
+    parts: list[tuple[Callable[..., Any], list[_Group]]] = [(adamw, [*weights, *others])]
+    if config.optimizer == "muon":
+        parts = [(muon, weights), (adamw, others)]
+    if config.step_in_backward == "on":
+        return Together(*(make([group], i) for i, (make, group) in enumerate(_single(parts))))
+    whole = [make(groups) for make, groups in parts]
+    return whole[0] if len(whole) == 1 else Together(*whole)
+
+
+def _single(parts: list[tuple[Callable[..., Any], list[_Group]]]) -> Iterator[tuple[Callable[..., Any], _Group]]:
+    """A group for each parameter."""
+    for make, groups in parts:
+        for group in groups:
+            for parameter in group["params"]:
+                yield make, group | {"params": [parameter]}
+
+
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer | LeanAdamW | Together) -> None:
+    """Have an optimizer without state make it, by an update that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> _Group:
@@ -114,7 +151,7 @@ def rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: st
     return floor + (1 - floor) * share
 
 
-def set_rates(optimizer: torch.optim.Optimizer | Together, factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer | LeanAdamW | Together, factor: float) -> None:
     """Every group's learning rate = its peak times the factor."""
     for group in optimizer.param_groups:
         group["lr"] = group[PEAK] * factor

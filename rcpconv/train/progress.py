@@ -41,6 +41,22 @@ class Metrics:
         os.close(self._descriptor)
 
 
+class NoMetrics(Metrics):
+    """Of a process that leaves them to the first one."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of a metrics.jsonl; none when there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from rcpconv import estimate
 from rcpconv import plan as planning
 from rcpconv.cli import main
 from rcpconv.config import QuantizeConfig, read_recipe
@@ -16,10 +17,10 @@ from rcpconv.errors import BadOption, BadTrainingData, NotEnoughMachine
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder, build_pieces
 from rcpconv.parts import TrainingParts
-from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.quantize import quantize
 from rcpformat.architecture import Architecture
-from shapes import DEMO, LLAMA_2_7B
+from shapes import DEMO, LLAMA_2_7B, LLAMA_2_70B, LLAMA_31_405B, LLAMA_32_1B, LLAMA_32_3B
 
 CPU = Machine(device="cpu", name="CPU, 2 threads", memory_bytes=16 * 10**9, flops=1e11)
 H200 = Machine(device="cuda:0", name="H200", memory_bytes=149 * 10**9, flops=7.5e14, compiles=True)
@@ -75,6 +76,122 @@ def test_given_settings_stay() -> None:
     assert plan(DEMO, CPU, batch_size=4).config.grad_accum == 2
 
 
+SAVINGS = ("step_in_backward", "optimizer_states", "teacher_weights", "master_weights")
+NOTHING_SAVED = ("off", "fp32", "full", "fp32")
+
+
+def one_gpu(gib: float, **settings: Any) -> tuple[Plan, tuple[str, ...]]:
+    found = plan(LLAMA_2_7B, supposed_machine(1, gib * 2**30), **settings)
+    return found, tuple(getattr(found.config, name) for name in SAVINGS)
+
+
+@pytest.mark.parametrize(
+    ("gib", "low_memory", "savings", "batch"),
+    [
+        (180, False, NOTHING_SAVED, 8),
+        (139, False, ("on", "fp32", "full", "fp32"), 8),
+        (80, True, ("on", "int8", "int8", "fp32"), 8),
+        (48, True, ("on", "int8", "int8", "bf16"), 1),
+    ],
+)
+def test_memory_decides_what_is_saved(gib: float, low_memory: bool, savings: tuple[str, ...], batch: int) -> None:
+    found, chosen = one_gpu(gib, low_memory=low_memory)
+    assert chosen == savings and found.config.batch_size == batch
+    assert found.memory_bytes <= 0.85 * gib * 2**30
+    again = make_plan(found.config, LLAMA_2_7B, False, supposed_machine(1, gib * 2**30))
+    assert again == found
+
+
+def test_what_fits_is_trained_as_before() -> None:
+    for architecture in (DEMO, LLAMA_32_1B, LLAMA_32_3B):
+        found = plan(architecture, H200).config
+        assert tuple(getattr(found, name) for name in SAVINGS) == NOTHING_SAVED
+        assert found.batch_size * found.grad_accum == 8
+
+
+def test_without_low_memory_nothing_is_rounded_and_the_refusal_names_it(tmp_path: Path) -> None:
+    found, chosen = one_gpu(48)
+    assert chosen == ("on", "fp32", "full", "fp32")
+    with pytest.raises(NotEnoughMachine, match=r"of free memory, or use --low-memory, a smaller model"):
+        found.require_machine(tmp_path)
+
+
+def test_given_savings_stay_and_8_bits_need_their_library() -> None:
+    _, chosen = one_gpu(48, low_memory=True, optimizer_states="bf16", grad_accum=4)
+    assert chosen == ("off", "bf16", "int8", "bf16")
+    _, chosen = one_gpu(48, low_memory=True, optimizer="muon")
+    assert chosen == ("on", "fp32", "int8", "fp32")
+    small = dataclasses.replace(H200, memory_bytes=48 * 2**30)
+    assert plan(LLAMA_2_7B, small, low_memory=True).config.optimizer_states == "bf16"
+    with pytest.raises(BadOption, match=r"int8 needs torchao: pip install 'rcpconv\[low-memory\]'"):
+        plan(LLAMA_2_7B, H200, optimizer_states="int8")
+
+
+def test_every_saving_saves_and_says_what() -> None:
+    none = dict(zip(SAVINGS, NOTHING_SAVED, strict=True)) | {"batch_size": 1, "grad_accum": 1}
+    before = plan(LLAMA_2_7B, H200, **none).memory
+    for name, value, term, share in (
+        ("step_in_backward", "on", "gradients", 0.03),
+        ("optimizer_states", "bf16", "optimizer", 0.5),
+        ("teacher_weights", "int8", "original model", 0.51),
+        ("master_weights", "bf16", "weights", 0.5),
+    ):
+        after = plan(LLAMA_2_7B, H200, **none | {name: value}).memory
+        assert after[term] / before[term] == pytest.approx(share, rel=0.05), name
+        assert all(after[other] <= before[other] for other in before)
+
+
+def test_checkpoints_of_weights_alone_are_a_third() -> None:
+    sizes = [plan(LLAMA_2_7B, H200, checkpoint_contents=kind).checkpoint_bytes for kind in ("all", "weights")]
+    assert sizes[0] == pytest.approx(83e9, rel=0.02) and sizes[1] == pytest.approx(sizes[0] / 3)
+
+
+@pytest.mark.parametrize(("architecture", "gpus"), [(LLAMA_2_70B, 16), (LLAMA_31_405B, 64)])
+def test_over_many_gpus_weights_are_spread(architecture: Architecture, gpus: int) -> None:
+    settings = {"batch_size": 1, "grad_accum": gpus, "tokens": 2048 * 4 * gpus}
+    one, many = (plan(architecture, supposed_machine(n, 80 * 2**30), **settings) for n in (1, gpus))
+    for name in ("weights", "quantizers", "optimizer", "original model"):
+        assert many.memory[name] == pytest.approx(one.memory[name] / gpus, rel=1e-6)
+    assert many.memory["activations"] == one.memory["activations"]
+    assert many.tokens_per_step == one.tokens_per_step and many.steps == one.steps == 4
+    assert one.seconds / gpus <= many.seconds < one.seconds and many.config.step_in_backward == "off"
+
+
+def test_a_dry_run_needs_neither_gpus_nor_weights(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    arguments = ["quantize", str(tmp_path), "--gpu-memory", "48"]
+    result = CliRunner().invoke(main, [*arguments, "--gpus", "4", "--dry-run"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    for part in (
+        "estimate, uncalibrated: theory alone",
+        "bytes of each GPU",
+        "4 GPUs of 51.5 GB, supposed",
+        "steps of 2 × 4 sequences × 128",
+    ):
+        assert part in result.output, (part, result.output)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "are what --dry-run plans for" in result.output
+
+
+def test_measurements_scale_what_is_not_certain() -> None:
+    c = plan(LLAMA_2_7B, H200).config
+    doubled = estimate.Calibration(
+        device="H200",
+        memory={"eager": 3.0, "compiled": 2.0},
+        seconds={"eager": 3.0, "compiled": 2.0},
+        measured=({"case": "x"},),
+    )
+    theory, scaled = (
+        estimate.memory(c, LLAMA_2_7B, planning.quantization_of(c), "cuda", factors=factors)
+        for factors in (estimate.Calibration(), doubled)
+    )
+    for name in theory:
+        assert scaled[name] == pytest.approx(theory[name] * (2 if name in estimate.SCALED else 1), abs=1)
+    seconds = [estimate.step_seconds(c, LLAMA_2_7B, "cuda", 7e14, factors=f) for f in (estimate.Calibration(), doubled)]
+    assert seconds[1] == 2 * seconds[0]
+    assert doubled.says() == "calibrated by 1 measurements on H200"
+
+
 def test_tables() -> None:
     assert plan(DEMO, CPU, tied=True).architecture.tied_table
     assert not plan(DEMO, CPU, tied=True, tables="two").architecture.tied_table
@@ -102,7 +219,7 @@ def test_a_large_model_is_refused_on_a_cpu_with_estimate_and_remedy(tmp_path: Pa
     message = str(refusal.value)
     for part in (
         "meta-llama/Llama-2-7b: not on this machine (CPU, 2 threads)",
-        "16.0 GB of memory are free, about 14",
+        "16.0 GB of memory are free, about 11",
         " days: use a CUDA GPU with 1",
         "--force",
     ):
@@ -231,8 +348,10 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "log_every": 2, "eval_every": 7, "self_tokens": 99, "self_share": 0.3, "table_lr": 4e-3, "lr_scale": "relative",
         "optimizer": "muon", "schedule": "linear", "ema": 0.9, "start": "data", "a_clip": 0.8, "weight_reach": 0.5,
         "weight_range": "fixed", "level_gradient": "residual", "hidden_loss": 0.7, "hidden_end": 0.1,
+        "step_in_backward": "off", "optimizer_states": "fp32", "teacher_weights": "int8", "master_weights": "fp32",
+        "checkpoint_contents": "weights",
     }  # fmt: skip
-    arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4"]
+    arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4", "--low-memory"]
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
         if name == "betas":
@@ -242,7 +361,7 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
                 arguments += [option, "20M" if name == "tokens" else str(item)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert seen == values | {"model": "demo", "r1": False, "r2": False, "r3": False, "r4": False}
+    assert seen == values | {"model": "demo", "r1": False, "r2": False, "r3": False, "r4": False, "low_memory": True}
     assert seen.keys() == {item.name for item in dataclasses.fields(QuantizeConfig)}
     seen.clear()
     assert CliRunner().invoke(main, ["quantize", "demo"]).exit_code == 0

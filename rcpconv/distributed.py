@@ -1,0 +1,225 @@
+"""A training spread over processes, one a GPU: who is first, what all agree on, shards, starting and ending.
+
+torch does the work: FSDP2 shards student and teacher, torchrun's agent starts processes and ends them when one dies. In
+a process of its own (no process group) every function here is the identity. The first process decides and says what
+there is to say; the others follow. Knows nothing of losses, texts or run folders.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from rcpconv.errors import BadOption, ConversionError, NotEnoughMachine, ProcessDied
+from rcpconv.model import Decoder
+
+_PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other, for the first one may sample texts or evaluate for hours. That one of them
+died is noticed otherwise: by torchrun's agent, and by connections that close."""
+_GRACE_SECONDS = 2.0
+"""How long a process keeps an error to itself, which is most often another's: that one's ends the job."""
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number; 0 is the first one, or the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets its variables, has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and "RANK" in os.environ
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within, this process is one of those that torchrun started. Only the first one prints."""
+    if not launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing if rank() else sys.stdout):
+            yield
+            wait_for_all()
+    except ConversionError as error:
+        if not rank():
+            raise
+        time.sleep(_GRACE_SECONDS)
+        raise type(error)(f"process {rank()} of {processes()}: {error}") from error
+    except RuntimeError as error:
+        time.sleep(_GRACE_SECONDS)
+        if isinstance(error, dist.DistError) or "closed by peer" in str(error) or "reset by peer" in str(error):
+            raise ProcessDied(f"process {rank()} of {processes()} has lost the connection to another one", 1) from error
+        raise
+    dist.destroy_process_group()  # not after an error, when others may still wait for an answer
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_device(device: str) -> str:
+    """This process's device, when the first one's is `device`. Raises NotEnoughMachine when there is none left."""
+    if device == "cpu" or not rank():
+        return device
+    if _local_rank() >= torch.cuda.device_count():
+        raise NotEnoughMachine(
+            f"{processes()} processes were started, of which this is number {_local_rank()} on its machine, counted "
+            f"from 0, but it has {torch.cuda.device_count()} CUDA devices; start one process a GPU"
+        )
+    return f"cuda:{_local_rank()}"
+
+
+def from_first(value: T) -> T:
+    """The first process's value, in all of them; any object that can be pickled."""
+    if processes() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values, in all of them."""
+    if processes() == 1:
+        return value
+    values = torch.tensor(value)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    largest(0)
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The first process goes through the block while the others wait."""
+    if rank():
+        wait_for_all()
+    yield
+    if not rank():
+        wait_for_all()
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean of the processes' tensors, in all of them."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()
+    return tensor
+
+
+def own_sequences(first: int, batch: int, accum: int) -> list[tuple[int, int]]:
+    """(first, count) of each batch that this process takes of the `batch` × `accum` sequences of a step.
+
+    All processes take equally many, and none more than `batch` at a time. Raises BadOption when that cannot be.
+    """
+    own, rest = divmod(batch * accum, processes())
+    if rest:
+        raise BadOption(
+            f"batch_size: {batch} × {accum} sequences a step cannot be divided equally among {processes()} processes; "
+            f"choose --batch-size and --grad-accum whose product is a multiple of {processes()}"
+        )
+    count = next(size for size in range(min(batch, own), 0, -1) if own % size == 0)
+    start = first + rank() * own
+    return [(start + done, count) for done in range(0, own, count)]
+
+
+def shard(model: Decoder, groups: list[dict[str, Any]]) -> None:
+    """Leave each process its part of every parameter; groups: of an optimizer without state, which gets the new ones.
+
+    Parameters stay in their dtype and whole ones are gathered in it, a layer at a time. Tables and what is around the
+    layers stay whole from `hidden` to the end of the backward pass, because the head is computed after `hidden`.
+    """
+    if processes() == 1:
+        return
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    mesh = init_device_mesh(model.inv_freq.device.type, (processes(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for method in ("hidden", "hidden_and_streams"):
+        register_fsdp_forward_method(model, method)
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        group["params"] = [parameters[names[parameter]] for parameter in group["params"]]
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave nothing whole after passes without gradients."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@torch.no_grad()
+def gather(model: nn.Module) -> None:
+    """Make every parameter whole again in the first process, one at a time; the others only help."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                value = parameter.full_tensor()
+                if not rank():
+                    setattr(module, name, nn.Parameter(value))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes have parts of; all of them have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def launch(count: int, command: str | Callable[..., Any], *arguments: str, start_method: str = "spawn") -> None:
+    """Run a command in `count` processes of this machine until all have ended. Raises ProcessDied when one fails.
+
+    command: a program, or a function, whose processes start_method makes.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        start_method=start_method,
+    )
+    try:
+        elastic_launch(config, command)(*arguments)
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise ProcessDied(f"process {number} of {count} {how}, and the others were stopped", code) from None
+    except SignalException as stopped:
+        raise ProcessDied(f"stopped by {stopped.sigval.name}", 128 + stopped.sigval) from None

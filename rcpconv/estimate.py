@@ -1,0 +1,211 @@
+"""What a training takes of each GPU's memory, and its time: a sum of explicit terms, scaled by what was measured.
+
+The terms are theory. calibration.json holds factors between them and measurements, and says what was measured; none of
+it is needed to read the terms. examples/benchmarks/measure_training.py measures, and writes that file. Knows nothing
+of weights, texts, or which settings are best.
+
+Over several GPUs, weights, states and teacher are cut into equal shares; every layer is put together where it is used,
+and tables for all of a step. The sequences of a step are divided, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from rcpconv.config import QuantizeConfig
+from rcpconv.train.losses import chunk_logits
+from rcpformat import spec
+from rcpformat.architecture import Architecture, Quantization
+
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}
+"""Of a number in each form; 8-bit ones with their scales."""
+_FLOAT32, _BFLOAT16 = 4, 2
+_QUANTIZER_PARAMETERS = 4
+"""Of each group: beta, gamma, s1, s2."""
+_MOMENTS = 2
+_LAYERS_TOGETHER = 2
+"""Layers that are whole at a time when weights are spread over GPUs: the one in use, and the next on its way."""
+
+# What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
+# them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
+# at 234,000 tokens/s on an H200, docs/log.md), a quarter of it when compiled. For each batch: quantizing a weight,
+# forward and backward, and launching a layer's operations.
+_EFFICIENCY = {"cpu": 0.45, "cuda": 0.6}
+_SECONDS_PER_SAVED_BYTE = {"cpu": 0.0, "cuda": 1.2e-11}
+_COMPILED = 0.25
+_SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
+_SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1.5e-3}
+_LINK_BYTES = 3e11
+"""A second, into each GPU from the others, of one host."""
+
+_SAVED_HIDDEN, _SAVED_ATTENTION, _SAVED_KV, _SAVED_MLP = 26, 17, 33, 21
+"""Bytes that the backward pass of a layer keeps of a token: for each channel of the residual stream, of the queries, of
+keys and values together, and of the MLP. Measured with saved-tensor hooks, as tests/rcpconv/train/test_plan.py does."""
+
+EAGER, COMPILED = "eager", "compiled"
+SCALED = ("activations", "working space")
+"""The terms that a measurement corrects: the others follow from shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Measured over estimated, for training without and with torch.compile."""
+
+    device: str | None = None
+    """What was measured on; None for theory alone."""
+    memory: Mapping[str, float] = field(default_factory=lambda: {EAGER: 1.0, COMPILED: 1.0})
+    """Of the terms in SCALED."""
+    seconds: Mapping[str, float] = field(default_factory=lambda: {EAGER: 1.0, COMPILED: 1.0})
+    measured: tuple[Mapping[str, Any], ...] = ()
+    """What the factors come from, as measure_training.py wrote it."""
+
+    def says(self) -> str:
+        """Where an estimate comes from, in a few words."""
+        if self.device is None:
+            return "uncalibrated: theory alone"
+        return f"calibrated by {len(self.measured)} measurements on {self.device}"
+
+
+@cache
+def calibration() -> Calibration:
+    """The package's."""
+    values = json.loads((resources.files("rcpconv") / "calibration.json").read_text(encoding="utf-8"))
+    return Calibration(**values | {"measured": tuple(values["measured"])})
+
+
+def linear_weights(architecture: Architecture) -> int:
+    """How many weights all 2-bit layers have."""
+    return architecture.num_layers * sum(math.prod(spec.linear_shape(architecture, kind)) for kind in spec.LINEARS)
+
+
+def parameters(architecture: Architecture, quantization: Quantization) -> tuple[int, int]:
+    """(numbers that are weights, numbers that are weight quantizers') of what is trained."""
+    a = architecture
+    shapes = [spec.linear_shape(a, kind) for kind in spec.LINEARS]
+    groups = a.num_layers * sum(n * spec.ceil_div(k, quantization.group_size) for n, k in shapes)
+    tables = a.vocab_size * a.hidden_size * (1 if a.tied_table else 2)
+    return linear_weights(a) + tables, _QUANTIZER_PARAMETERS * groups
+
+
+def _weight_bytes(config: QuantizeConfig) -> float:
+    return _BYTES["bf16" if config.master_weights == "bf16" else "fp32"]
+
+
+def _state_bytes(config: QuantizeConfig) -> float:
+    """Of a parameter: AdamW's two states (Muon has one, for weights), and a running mean."""
+    kind = "fp32" if config.optimizer_states == "auto" else config.optimizer_states
+    return _MOMENTS * _BYTES[kind] + (_FLOAT32 if config.ema else 0)
+
+
+def checkpoint_bytes(config: QuantizeConfig, architecture: Architecture, quantization: Quantization) -> int:
+    """Of one checkpoint of a training, on disk."""
+    weights, quantizers = parameters(architecture, quantization)
+    states = _state_bytes(config) if config.checkpoint_contents == "all" else (_FLOAT32 if config.ema else 0)
+    return round(_weight_bytes(config) * weights + _FLOAT32 * quantizers + states * (weights + quantizers))
+
+
+def _own_batches(config: QuantizeConfig, gpus: int) -> tuple[int, int]:
+    """(sequences of a batch, batches of a step) of each GPU."""
+    assert config.batch_size is not None and config.grad_accum is not None
+    own = math.ceil(config.batch_size * config.grad_accum / gpus)
+    sequences = min(config.batch_size, own)
+    return sequences, math.ceil(own / sequences)
+
+
+def memory(
+    config: QuantizeConfig,
+    architecture: Architecture,
+    quantization: Quantization,
+    kind: str,
+    gpus: int = 1,
+    factors: Calibration | None = None,
+) -> dict[str, int]:
+    """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over."""
+    a = architecture
+    linear, table = linear_weights(a), a.vocab_size * a.hidden_size
+    weights, quantizers = parameters(a, quantization)
+    half = config.precision == "bf16"
+    layer, largest_weight = linear // a.num_layers, max(math.prod(spec.linear_shape(a, k)) for k in spec.LINEARS)
+    largest = max(table, largest_weight)
+    layer_quantizers = quantizers // a.num_layers
+    learnt = _weight_bytes(config)
+
+    assert config.seq_len is not None
+    tokens = _own_batches(config, gpus)[0] * config.seq_len
+    kept = _BFLOAT16 if half else _FLOAT32
+    live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
+    layer_weights = (kept + 1) * layer  # integers and codes, kept for the backward pass
+    stream = a.num_layers * tokens * _FLOAT32 * a.hidden_size
+    activations = live_layers * (tokens * saved_bytes(a) + layer_weights) + stream
+    if config.hidden_loss:
+        activations += 2 * stream
+    chunk = min(tokens * a.vocab_size, chunk_logits(kind, config.low_memory))
+
+    gradients = learnt * weights + _FLOAT32 * quantizers
+    if config.step_in_backward == "on":  # those of a compiled layer, or of a table, come together
+        gradients = learnt * max(layer, table) + _FLOAT32 * layer_quantizers
+    teacher = _BYTES["int8"] if config.teacher_weights == "int8" else kept
+    gathered = 0.0
+    if gpus > 1:  # layers put together, and what is computed of them before it is spread
+        whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
+        gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
+    factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
+    needs = {
+        "weights": learnt * weights / gpus,
+        "quantizers": _FLOAT32 * quantizers / gpus,
+        "gradients": gradients / gpus,
+        "optimizer": _state_bytes(config) * (weights + quantizers) / gpus,
+        "original model": teacher * (linear + 2 * table) / gpus,
+        "activations": factor * activations,
+        "working space": factor * _FLOAT32 * (6 * largest + 6 * chunk) + gathered,
+    }
+    if config.steps == 0:  # a layer at a time; beside it a matrix in float64, and one with its codes as int64
+        needs = {"weights": _FLOAT32 * layer, "quantizers": _FLOAT32 * layer_quantizers}
+        needs["working space"] = 7 * _FLOAT32 * largest_weight
+    return {name: round(nbytes) for name, nbytes in needs.items()}
+
+
+def saved_bytes(architecture: Architecture) -> int:
+    """What the backward pass of a layer keeps of a token."""
+    a = architecture
+    attention = _SAVED_ATTENTION * a.attention_size + _SAVED_KV * a.kv_size
+    return _SAVED_HIDDEN * a.hidden_size + attention + _SAVED_MLP * a.intermediate_size
+
+
+def step_seconds(
+    config: QuantizeConfig,
+    architecture: Architecture,
+    kind: str,
+    flops: float,
+    gpus: int = 1,
+    factors: Calibration | None = None,
+) -> float:
+    """Time of an optimizer step: 6 operations a weight and token for the student, 2 for the teacher, and overhead.
+
+    flops: of each device, in large matmuls. Over several GPUs, layers travel while others compute: what takes longer.
+    """
+    assert config.seq_len is not None
+    sequences, batches = _own_batches(config, gpus)
+    a = architecture
+    linear, table = linear_weights(a), a.vocab_size * a.hidden_size
+    attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
+    again = config.grad_checkpointing == "on"
+    passes = 8 + (2 if again else 0)
+    tokens = sequences * config.seq_len
+    products = passes * tokens * (linear + table + attention) / (flops * _EFFICIENCY[kind])
+    elementwise = _SECONDS_PER_SAVED_BYTE[kind] * tokens * a.num_layers * saved_bytes(a)
+    if config.compile == "on":
+        elementwise *= _COMPILED
+    overhead = _SECONDS_PER_WEIGHT[kind] * (linear + table) + _SECONDS_PER_LAYER[kind] * a.num_layers
+    computing = products + elementwise + overhead
+    if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
+        travelling = (3 * _weight_bytes(config) + _BFLOAT16) * linear / _LINK_BYTES
+        computing = max(computing, travelling)
+    factor = (factors or calibration()).seconds[COMPILED if config.compile == "on" else EAGER]
+    return batches * computing * factor

@@ -1,0 +1,212 @@
+"""Training in several processes, over gloo on the CPU: as in one, also when they die."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rcpconv import distributed
+from rcpconv.errors import BadOption, ProcessDied
+from rcpconv.export import export
+from rcpconv.quantize import quantize
+from rcpconv.runs import FINISHED, RUNNING, Run
+from rcpconv.train.loop import Interrupted
+from rcpconv.train.progress import read_metrics
+
+SETTINGS: dict[str, Any] = {
+    "seq_len": 24,
+    "batch_size": 2,
+    "grad_accum": 2,
+    "steps": 6,
+    "lr": 1e-3,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "device": "cpu",
+}
+MEASURED: dict[str, Any] = {"ema": 0.9, "max_eval_tokens": 200, "eval_every": 3}
+OTHERWISE: dict[str, Any] = {
+    "batch_size": 4,
+    "grad_accum": 1,
+    "tables": "two",
+    "steps": 4,
+    "ema": 0.9,
+    "hidden_loss": 1.0,
+    "start": "feedback",
+    "weight_range": "fixed",
+    "lr_scale": "relative",
+    "grad_checkpointing": "on",
+}
+
+
+def forked(action: Callable[[], Any], log: Path, **variables: str) -> int:
+    """The id of a child process that does it. Forking saves the import of torch, which takes seconds."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        os.environ.update(variables)
+        with log.open("a", buffering=1) as output, redirect_stdout(output), redirect_stderr(output):
+            try:
+                action()
+                code = 0
+            except Interrupted:
+                code = 3
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                raise
+    finally:
+        os._exit(code)
+
+
+def together(count: int, action: Callable[[], Any], log: Path) -> list[int]:
+    """Exit codes of as many processes as one training, each doing it."""
+
+    def member() -> None:
+        with distributed.joined():
+            action()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    children = [forked(member, log, RANK=str(i), LOCAL_RANK=str(i), **where) for i in range(count)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def figures(folder: Path) -> list[float]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [value for line in lines for key, value in line.items() if key != "tokens_per_second"]
+
+
+@pytest.fixture
+def train(checkpoint: Path, text: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Begins a run, or goes on with it, in so many processes, to the end or a stop."""
+
+    def train(count: int, name: str = "run", **settings: Any) -> Path:
+        folder = tmp_path / name
+
+        def action() -> None:
+            resume = str(folder) if folder.exists() else None
+            quantize(
+                None if resume else str(checkpoint),
+                settings if resume else SETTINGS | {"data": (str(text),)} | settings,
+                out=None if resume else folder,
+                resume=resume,
+                runs=tmp_path,
+                console=Console(),
+            )
+
+        log = tmp_path / "log"
+        codes = together(count, action, log)
+        assert codes in ([0] * count, [3] * count), log.read_text()
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trained by one process, without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    settings = SETTINGS | MEASURED | {"data": (str(text),), "eval_data": str(text)}
+    run = quantize(str(checkpoint), settings, out=folder, console=Console(quiet=True))
+    assert run is not None
+    return run
+
+
+def test_two_processes_train_as_one(train: Callable[..., Path], whole: Run, text: Path, tmp_path: Path) -> None:
+    run = Run.open(train(2, **MEASURED, eval_data=str(text)))
+    assert figures(run.folder) == pytest.approx(figures(whole.folder), rel=2e-3)
+    assert run.status == FINISHED and run.evaluation["tokens"] == whole.evaluation["tokens"]
+    assert run.evaluation["perplexity"] == pytest.approx(whole.evaluation["perplexity"], rel=2e-3)
+    assert export(run, tmp_path / "two.rcp").nbytes > 0  # compares the file's weights with the trained ones
+    said = (tmp_path / "log").read_text()
+    assert said.count("step 6/6") == said.count("Finished") == 1
+
+
+def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> None:
+    one, two = train(1, name="one", **OTHERWISE), train(2, **OTHERWISE)
+    assert figures(two) == pytest.approx(figures(one), rel=2e-3)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(
+    train: Callable[..., Path], whole: Run, text: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rcpconv.train.loop.rate_factor", stop_at(3))
+        folder = train(counts[0], **MEASURED, eval_data=str(text))
+    assert Run.open(folder).status == RUNNING and len(read_metrics(folder / "metrics.jsonl")) == 4
+    assert [path.is_dir() for path in (folder / "checkpoints").iterdir()] == [counts[0] > 1] * 2
+    train(counts[1])
+    assert Run.open(folder).status == FINISHED and not list((folder / "checkpoints").iterdir())
+    assert figures(folder) == pytest.approx(figures(whole.folder), rel=2e-3)
+
+
+def test_muon_goes_on_in_one_process(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its updates are computed in bfloat16: in another order they are others by percents, and so are the losses."""
+    settings = {"optimizer": "muon", "lr": 1e-4, "steps": 5, "checkpoint_every": 0}
+    whole = train(1, name="one", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("rcpconv.train.loop.rate_factor", stop_at(2))
+        folder = train(2, **settings)
+    train(1)
+    one, two = (read_metrics(path / "metrics.jsonl") for path in (whole, folder))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=3e-2)
+
+
+def stop_at(step: int) -> Callable[..., float]:
+    """rate_factor that asks the last process to stop in this step, 0-based."""
+    from rcpconv.train.optimizer import rate_factor
+
+    def factor(at: int, *rest: Any) -> float:
+        if at == step and distributed.rank() == distributed.processes() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate_factor(at, *rest)
+
+    return factor
+
+
+def test_sequences_are_divided_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found += distributed.own_sequences(100, 4, 6)
+    assert [count for _, count in found] == [4] * 6
+    assert [start for start, _ in found] == list(range(100, 124, 4))
+    assert distributed.own_sequences(0, 2, 3) == [(4, 2)]
+    assert distributed.own_sequences(0, 5, 3) == [(10, 5)]
+    with pytest.raises(BadOption, match="3 processes"):
+        distributed.own_sequences(0, 4, 2)
+
+
+def test_a_killed_process_ends_the_job_and_is_named(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    def member() -> None:
+        with distributed.joined():
+            quantize(str(checkpoint), SETTINGS | {"data": (str(text),)}, out=tmp_path / "run", console=Console())
+
+    def job() -> None:
+        def factor(*_: Any) -> float:
+            if distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 1.0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rcpconv.train.loop.rate_factor", factor)
+            distributed.launch(2, member, start_method="fork")
+
+    start = time.monotonic()
+    child = forked(job, tmp_path / "log")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99
+    said = (tmp_path / "log").read_text()
+    assert f"{ProcessDied.__name__}: process 1 of 2 was ended by SIGKILL" in said, said
+    assert time.monotonic() - start < 60
