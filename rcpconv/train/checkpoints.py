@@ -41,9 +41,9 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
     except (NotSaved, RuntimeError, CheckpointException) as error:  # torch turns a full disk into a RuntimeError
-        reason = (
-            str(error).partition("\n")[0] if isinstance(error, NotSaved) else f"{path}: cannot be written ({error})"
-        )
+        reason = _reason(error)
+        if not isinstance(error, NotSaved):
+            reason = f"{path}: cannot be written ({reason})"
         raise NotSaved(
             f"{reason}. The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
         ) from error
@@ -86,8 +86,15 @@ def load(path: Path, like: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return state if distributed.processes() == 1 else _parts(state, like())
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadRun(f"{path}: cannot be read ({reason}); delete it to resume from the one before") from error
+        raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In a line; of several processes' errors the first one."""
+    if isinstance(error, CheckpointException):
+        number, (error, _) = next(iter(error.failures.items()))
+        return f"process {number}: {_reason(error)}"
+    return str(error).partition("\n")[0]
 
 
 def _parts(state: Any, like: Any) -> Any:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from rcpconv import distributed
-from rcpconv.errors import BadOption, ProcessDied
+from rcpconv.errors import BadOption, BadRun, ProcessDied
 from rcpconv.export import export
 from rcpconv.quantize import quantize
 from rcpconv.runs import FINISHED, RUNNING, Run
+from rcpconv.train import checkpoints
 from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import read_metrics
 
@@ -173,6 +175,29 @@ def stop_at(step: int) -> Callable[..., float]:
         return rate_factor(at, *rest)
 
     return factor
+
+
+def test_a_damaged_part_of_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "processes", lambda: 2)
+        patch.setattr(distributed, "wait_for_all", lambda: None)
+        for step in range(3):
+            checkpoints.save(run, step, {"weight": torch.full((5,), step), "counters": {"step": step}}, keep=2)
+
+    def like() -> dict[str, Any]:
+        return {"weight": torch.zeros(5, dtype=torch.long), "counters": {"step": 0}}
+
+    newest = checkpoints.newest(run)
+    assert newest is not None and [path.name for path in sorted(newest.parent.iterdir())] == [
+        "step-0000001",
+        "step-0000002",
+    ]
+    state = checkpoints.load(newest, like)
+    assert state["counters"] == {"step": 2} and state["weight"].tolist() == [2] * 5
+    next(newest.glob("*.distcp")).unlink()
+    with pytest.raises(BadRun, match=r"step-0000002: cannot be read \(.*distcp.*delete it to resume"):
+        checkpoints.load(newest, like)
 
 
 def test_sequences_are_divided_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
