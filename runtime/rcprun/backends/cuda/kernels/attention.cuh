@@ -164,30 +164,6 @@ struct Columns {
         }
     }
 
-    // Tiles of TOKENS begin, begin + stride, ... < end. Positions outside first..last are visible to none of the columns.
-    __device__ __forceinline__ void attend(const Sequence& s, int begin, int end, int stride, int first, int last,
-                                           int window) {
-        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-        u32 key[BLOCKS_OF_16][2][WORDS], value[BLOCKS_OF_16][2][WORDS];
-        uint2 scale[BLOCKS_OF_16][2];
-        if (begin < end) {
-            load_keys(key, s, begin);
-            load_values(value, scale, s, begin);
-        }
-        for (int tile = begin; tile < end; tile += stride) {
-            const bool more = tile + stride < end;
-            float dot[BLOCKS_OF_16][N_TILES][4];
-            multiply_keys(dot, key);
-            if (more) load_keys(key, s, tile + stride);
-
-            u32 weight[BLOCKS_OF_16][N_TILES][2];
-            softmax(weight, dot, scale, tile * TOKENS + g, first, last, window);
-            add_values(weight, value);
-            if (more) load_values(value, scale, s, tile + stride);
-        }
-        add_lanes();
-    }
-
     // Σ q * c' of a tile's keys.
     __device__ __forceinline__ void multiply_keys(float (&dot)[BLOCKS_OF_16][N_TILES][4],
                                                   const u32 (&key)[BLOCKS_OF_16][2][WORDS]) const {
@@ -331,27 +307,6 @@ struct Columns {
     }
 
   private:
-    __device__ __forceinline__ void load_keys(u32 (&key)[BLOCKS_OF_16][2][WORDS], const Sequence& s, int tile) {
-        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-#pragma unroll
-        for (int b = 0; b < BLOCKS_OF_16; b++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                load_words(key[b][half], s.keys + (i64)(tile * TOKENS + b * 16 + half * 8 + g) * ROW_WORDS, j, 4);
-    }
-    __device__ __forceinline__ void load_values(
-        u32 (&value)[BLOCKS_OF_16][2][WORDS], uint2 (&scale)[BLOCKS_OF_16][2], const Sequence& s, int tile) {
-        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-#pragma unroll
-        for (int b = 0; b < BLOCKS_OF_16; b++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int token = tile * TOKENS + b * 16 + half * 8;
-                scale[b][half] = s.scales[token + g];
-                load_words(value[b][half], s.values + (i64)(token + 2 * j) * ROW_WORDS, g, 8);
-            }
-    }
-
     // From weights of (token g, column j) to those of (tokens 2j and 2j + 1, column g / 2), hi or lo by the parity of g.
     __device__ __forceinline__ u32 transposed(u32 weight, int g, int j) const {
         const u32 a = __shfl_sync(FULL_MASK, weight, 8 * j + g / 2);

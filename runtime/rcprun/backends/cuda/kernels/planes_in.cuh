@@ -7,8 +7,6 @@
 
 #include "measured.cuh"
 
-#define PLANE_BYTES 72  // of a unit: four planes of each of its four chunks, then the sum of its codes, and 0
-
 // Row r of a 4 x 4 transposition of bits within nibbles, in registers.
 __device__ __forceinline__ void transpose_bits(u32 (&v)[4]) {
 #pragma unroll
@@ -35,8 +33,8 @@ __device__ __forceinline__ u32 nibbles(u32 bytes) {
     return low | (low >> 4);
 }
 
-// Planes u32 [units][4 chunks][4] and, after them, sums i32 [units][2] (the second is 0) to `planes`; the token's scale. Whole
-// block, which needs a barrier after it.
+// Planes u32 [units][4 chunks][4] to `planes` and, after them, the sums of the units' codes i32 [units][2] (the second
+// is 0); the token's scale. Whole block, which needs a barrier after it.
 __device__ __forceinline__ void planes_in(const void* x, const float* x_scale_M, int k, int units, float clip, float eps,
                                           u8* planes, float* scale_M, float* scratch) {
     int2* const sum_U = (int2*)(planes + units * 64);
