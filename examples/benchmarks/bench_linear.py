@@ -28,6 +28,7 @@ from rcpformat.architecture import Architecture  # noqa: E402
 from rcprun.backends.cuda import linear as ops  # noqa: E402
 from rcprun.backends.cuda import norm  # noqa: E402
 from rcprun.backends.cuda.bandwidth import read_bandwidth  # noqa: E402
+from rcprun.backends.cuda.launch import multiprocessors  # noqa: E402
 
 SHAPES = {
     "llama-2-7b": shapes.LLAMA_2_7B,
@@ -46,6 +47,7 @@ def random_linear(rows: tuple[int, ...], columns: int, interleave: bool = False)
     weights.units = ops.padded(columns) // ops.UNIT_COLUMNS
     weights.n = sum(rows) // 2 if interleave else sum(rows)
     weights.tiles = -(-weights.n // (8 if interleave else 16))
+    weights.blocks = min(weights.tiles, multiprocessors())
     weights.unit_TU = cupy.random.randint(0, 256, (weights.tiles, weights.units, 576), dtype=np.uint8)
     weights.scale_R = cupy.full(weights.tiles * 16, 1e-4, dtype=np.float32)
     weights.bias_R = None

@@ -48,7 +48,7 @@ class Gemm:
         kernel("expand", "expand", (("GROUP", weights.group),)).launch(
             weights.tiles * spec.ceil_div(weights.units, _EXPAND_WARPS * _EXPAND_TURNS),
             32 * _EXPAND_WARPS,
-            (weights.unit_TU, self._integers, np.int32(weights.units)),
+            (weights.unit_TU, self._integers, *map(np.int32, (weights.tiles, weights.units, weights.blocks))),
             overlap=True,
         )
         # Row-major (m, rows) = codes · integersᵀ is, in cuBLAS's column-major terms, integersᵀ · codes.

@@ -102,6 +102,12 @@ def kernel(file: str, name: str, defines: tuple[tuple[str, int], ...] = ()) -> K
 
 
 @cache
+def has_hopper() -> bool:
+    """Whether the current GPU has what sm_90 brought: kernels take that way unless NO_HOPPER is defined."""
+    return int(cupy.cuda.Device().compute_capability) >= 90
+
+
+@cache
 def multiprocessors() -> int:
     """Of the current GPU."""
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])

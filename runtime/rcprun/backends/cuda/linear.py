@@ -10,7 +10,7 @@ import numpy as np
 
 from rcpformat import spec
 from rcpformat.codec import PackedLinear
-from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel, multiprocessors
+from rcprun.backends.cuda.launch import NO_HOPPER, check, has_hopper, kernel, multiprocessors
 
 MAX_TOKENS = 8
 """Of one launch."""
@@ -25,7 +25,9 @@ _WARPS, _STAGE_UNITS = 16, 2
 _PLANE_BYTES, _ZEROS = 72, 32
 """Of shared memory beside: for each unit where products go by bit planes, in all where they do not."""
 _SLOTS, _SLOTS_FOR_FEW = 4, 3
-"""Of each warp's ring, for one token and for several."""
+"""Pieces of weights in shared memory (kernels/stream.cuh), for one token and for several."""
+_FLIGHT = 2
+"""Pieces asked for at a time."""
 
 
 def padded(columns: int) -> int:
@@ -54,6 +56,7 @@ class UnitLinear:
         self.scale_R = cupy.zeros(self.tiles * TILE_ROWS, dtype=np.float32)
         biased = any(layer.bias is not None for layer in layers)
         self.bias_R = cupy.zeros(self.tiles * TILE_ROWS, dtype=np.float32) if biased else None
+        self.blocks = min(self.tiles, multiprocessors())
         base = 0
         for side, layer in enumerate(layers):
             self._repack(layer, base, side if interleave else -1)
@@ -82,7 +85,7 @@ class UnitLinear:
                 self.unit_TU,
                 self.scale_R,
                 self.bias_R,
-                *map(np.int32, (self.units, base, side)),
+                *map(np.int32, (self.tiles, self.units, self.blocks, base, side)),
             ),
         )
 
@@ -104,8 +107,7 @@ def linear(
     """out (m, n) float32 of x: codes int8 (m, padded(k)) with x_scale (m,) for CODES, else float32 (m, k).
 
     NORMALIZE and QUANTIZE take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs interleaved weights.
-    overlap: start while the kernel before still runs, and fetch the first weights a stage at a time, which that kernel
-    feels less.
+    overlap: start while the kernel before still runs.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
     m = len(x)
@@ -127,16 +129,16 @@ def linear(
         "EPILOGUE": epilogue,
         "PLANES": planes,
         "SLOTS": slots,
-        "PACED": int(overlap),
+        "FLIGHT": _FLIGHT,
+        "BLOCKS": 2 if m == 1 else 1,
     }
-    blocks = min(weights.tiles, multiprocessors())
-    owned = spec.ceil_div(weights.tiles, blocks)
+    owned = spec.ceil_div(weights.tiles, weights.blocks)
     ring = _WARPS * slots * _STAGE_UNITS * _unit_bytes(weights.group)
     shared = ring + owned * TILE_ROWS * 4 * (tokens + 2)
     shared += weights.units * _PLANE_BYTES if planes else _ZEROS + tokens * (weights.units * UNIT_COLUMNS + 16)
     kernel("linear", "linear", _defines(defines, hopper)).launch(
-        blocks,
-        _WARPS * 32,
+        weights.blocks,
+        (_WARPS + (hopper and has_hopper())) * 32,
         (
             weights.unit_TU,
             weights.scale_R,

@@ -1,14 +1,16 @@
 // Units of a linear layer to plain int8, for products with many tokens by cuBLAS.
 //
-//   unit_TU     u8 [tiles][units][UNIT_BYTES], see units.cuh
+//   unit_TU     u8 [tiles][units][UNIT_BYTES], in the order of units.cuh
 //   integer_RK  i8 [tiles * 16][units * 128], written
 //
-// Grid: tiles * ceil(units / (WARPS * TURNS)) blocks of 32 * WARPS threads. A warp expands TURNS neighbouring units, which
-// it reads before it waits for what else uses the buffer.
+//   blocks      of linear.cu, which the order depends on
+//
+// Grid: tiles * ceil(units / (WARPS * TURNS)) blocks of 32 * WARPS threads. A warp expands a stage, which it reads before
+// it waits for what else uses the buffer.
 
 #include "units.cuh"
 
-constexpr int WARPS = 8, TURNS = 2;
+constexpr int WARPS = 8, TURNS = STAGE_UNITS;
 
 __device__ __forceinline__ uint4 sixteen(u32 word, u32 levels) {
     const u32 even = word & 0x33333333u, odd = (word >> 2) & 0x33333333u;
@@ -16,11 +18,12 @@ __device__ __forceinline__ uint4 sixteen(u32 word, u32 levels) {
                       look_up(levels, upper_half(odd)));
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) expand(const u8* unit_TU, i8* integer_RK, int units) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS) expand(const u8* unit_TU, i8* integer_RK, int tiles, int units, int blocks) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int parts = (units + WARPS * TURNS - 1) / (WARPS * TURNS);
     const int tile = blockIdx.x / parts, first = (blockIdx.x % parts * WARPS + warp) * TURNS;
-    const u8* const from = unit_TU + ((i64)tile * units + first) * UNIT_BYTES;
+    const int stages = units / STAGE_UNITS, stage = min(first / STAGE_UNITS, stages - 1);
+    const u8* const from = unit_TU + stage_place(tile, stage, tiles, stages, blocks) * STAGE_BYTES;
     uint4 code[TURNS] = {};
     uint2 level[TURNS] = {};
 #pragma unroll

@@ -12,9 +12,9 @@
 //   are slower; int32 sums, so k < 2^31 / 127^2.
 //
 // Every block owns whole tiles, all columns of them, so that sums never leave it. The tiles' units are one contiguous
-// stream, cut evenly among the warps; a warp's part flows through its own ring in shared memory (bulk copies on sm_90,
-// cp.async before), filled as far as it goes before the block waits for earlier kernels. Warps add their sums (integers:
-// any order) in shared memory. PLANES 0: products by by_levels.cuh. 1: by by_planes.cuh, one token of 4 bits only.
+// stream, cut evenly among the warps (units.cuh), which begins to flow through shared memory (stream.cuh) before the block
+// waits for earlier kernels. Warps add their sums (integers: any order) in shared memory. PLANES 0: products by
+// by_levels.cuh. 1: by by_planes.cuh, one token of 4 bits only.
 
 #ifndef TOKENS
 #error "TOKENS: 1 or 8"
@@ -28,11 +28,16 @@
 #ifndef EPILOGUE
 #error "EPILOGUE: 0, 1 or 2"
 #endif
+#ifndef BLOCKS
+#error "BLOCKS: of a multiprocessor at a time, 1 or 2"
+#endif
 #ifndef PLANES
 #error "PLANES: 0 or 1"
 #endif
 
-#define WARPS 16
+#include "stream.cuh"
+
+#define WARPS STREAMS  // that compute
 
 #if PLANES
 #include "by_planes.cuh"
@@ -40,28 +45,43 @@
 #include "by_levels.cuh"
 #endif
 
-#define RING_BYTES (WARPS * SLOTS * STAGE_BYTES)
+#define THREADS (WARPS * 32)
+#define RING_BYTES (SLOTS * PIECE_BYTES)
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOCKS)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
            int m, int k, int columns, int tiles, int units, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 barriers[WARPS][SLOTS];
+    __shared__ u64 barriers[2][SLOTS];
     __shared__ float scratch[2 * WARPS], token_scales[TOKENS];
-    const int warp = threadIdx.x >> 5;
-    const u32 share = (u32)tiles / gridDim.x, more = (u32)tiles - share * gridDim.x;  // the first `more` blocks have one more
-    const int first = blockIdx.x * share + min(blockIdx.x, more), owned = share + (blockIdx.x < more);
-    const int stages = units / STAGE_UNITS;  // of a tile
-    const int begin = warp * owned * stages / WARPS, end = (warp + 1) * owned * stages / WARPS;
-    Ring ring = {kept(shared_address(memory) + warp * SLOTS * STAGE_BYTES), kept(shared_address(barriers[warp])),
-                 unit_TU + ((i64)first * stages + begin) * STAGE_BYTES, end - begin};
-    ring.start();
     pdl_launch();
+    const int warp = threadIdx.x >> 5;
+    const Share share(blockIdx.x, gridDim.x, tiles);
+    const int first = share.first, owned = share.owned, stages = units / STAGE_UNITS;  // stages of a tile
+    const Part part(warp, owned * stages);
+    const u8* const from = unit_TU + (i64)first * stages * STAGE_BYTES;
+    Stream stream;
+    stream.buffer = kept(shared_address(memory));
+#if RCP_HOPPER
+    stream.full = kept(shared_address(barriers[0])), stream.empty = kept(shared_address(barriers[1]));
+    if (threadIdx.x == THREADS) {
+        for (int i = 0; i < SLOTS; ++i) barrier_init(stream.full + i * 8, 1), barrier_init(stream.empty + i * 8, WARPS);
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (warp == WARPS) {
+        if (threadIdx.x == THREADS) stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS);
+        return;
+    }
+    stream.begin();
+#else
+    stream.begin(from + warp * STAGE_BYTES, part.count);
+#endif
     int* const sums = (int*)(memory + RING_BYTES);  // [owned * 16][TOKENS]
     float* const scales = (float*)(sums + owned * 16 * TOKENS);  // [owned * 16], then biases
     u8* const activations = (u8*)(scales + owned * 32);
-    for (int i = threadIdx.x; i < owned * 16 * TOKENS; i += blockDim.x) sums[i] = 0;
-    for (int i = threadIdx.x; i < owned * 16; i += blockDim.x) {
+    for (int i = threadIdx.x; i < owned * 16 * TOKENS; i += THREADS) sums[i] = 0;
+    for (int i = threadIdx.x; i < owned * 16; i += THREADS) {
         scales[i] = __ldg(scale_R + first * 16 + i);
         if (bias_R) scales[owned * 16 + i] = __ldg(bias_R + first * 16 + i);
     }
@@ -97,14 +117,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
     codes_in(x, x_scale_M, m, k, padded, clip, eps, code_MK, stride, token_scales, scratch);
     product.prepare(code_MK, stride, m, activations);
 #endif
-    __syncthreads();
-    int tile = (u32)begin / stages, in_tile = stages - (begin - tile * stages);
+    sync_computing();
+    int tile = (u32)part.first / stages, in_tile = stages - (part.first - tile * stages);
     product.seek(stages - in_tile);
 #pragma unroll 1
-    for (int left = end - begin; left > 0; --left) {
-        product.add(ring.wait());
-        __syncwarp();
-        ring.next();
+    for (int left = part.count; left > 0; --left) {
+        product.add(stream.wait());
+        stream.release();
         if (--in_tile == 0) {
             product.flush(sums + tile * 16 * TOKENS);
             product.seek(0);
@@ -112,9 +131,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
         }
     }
     if (in_tile != stages) product.flush(sums + tile * 16 * TOKENS);
-    __syncthreads();
+    sync_computing();
 
-    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+    for (int i = threadIdx.x; i < outputs; i += THREADS) {
         const Output o = output(i);
         if (!o.exists) continue;
         auto value = [&](int r) {
@@ -125,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS == 1 ? 2 : 1)
         const float gate = value(o.row), up = value(o.row + 8);
         *o.to = __fmul_rn(__fdiv_rn(gate, 1.0f + expf(-gate)), up);
 #elif EPILOGUE == 1
-        *o.to = __fadd_rn(i < blockDim.x ? before : __ldcg(o.to), value(o.row));
+        *o.to = __fadd_rn(i < THREADS ? before : __ldcg(o.to), value(o.row));
 #else
         *o.to = value(o.row);
 #endif

@@ -17,6 +17,15 @@ __device__ __forceinline__ float4 load_columns(const float* row, int i, int k) {
     return v;
 }
 
+// The threads of a block but those that fetch weights.
+__device__ __forceinline__ void sync_computing() {
+#if RCP_HOPPER
+    sync_some<WARPS * 32>();
+#else
+    __syncthreads();
+#endif
+}
+
 // Sum of squares and largest magnitude of the columns that a thread has added; then of a token.
 struct Measured {
     float sum = 0.0f, peak = 0.0f, norm;
@@ -30,7 +39,7 @@ struct Measured {
         const int warp = threadIdx.x >> 5;
         sum = warp_sum(sum), peak = warp_max(peak);
         if ((threadIdx.x & 31) == 0) scratch[warp] = sum, scratch[WARPS + warp] = peak;
-        __syncthreads();
+        sync_computing();
         sum = 0.0f, peak = 0.0f;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) {

@@ -199,9 +199,17 @@ __device__ __forceinline__ void wait_for_copies() {
 #if RCP_HOPPER
 // ---- Barriers of 64 bits in shared memory that count bytes, and what they count.
 
-// For one arrival: that of barrier_expect, which says how many bytes are to come.
-__device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+// For some arrivals; that of barrier_expect says how many bytes are to come besides.
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// A barrier of the first THREADS threads of a block.
+template <int THREADS>
+__device__ __forceinline__ void sync_some() {
+    asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 template <int BYTES>

@@ -1,74 +1,82 @@
-// Weights on their way through shared memory: each warp reads one contiguous stream of units through a ring of its own.
+// Weights on their way through shared memory: what a block's warps need next is one piece (units.cuh), and passes through
+// one of SLOTS slots.
 //
-// STAGES slots of STAGE_UNITS units a warp; bulk copies with a barrier a slot on sm_90, cp.async before.
+// On sm_90 a warp of its own asks for the pieces by bulk copies: while slots are free, and at most FLIGHT pieces at a
+// time, since what is asked for beyond that comes no sooner, but all that others read then waits behind it. Before, each warp
+// copies its own part of a piece by cp.async.
 #pragma once
 
 #include "units.cuh"
 
 #ifndef SLOTS
-#error "SLOTS: of each warp's ring"
+#error "SLOTS: pieces in shared memory"
 #endif
 
-#ifndef PACED
-#error "PACED: 1 while an earlier kernel runs: what it still reads would wait behind all that is asked for at once; else 0"
+#ifndef FLIGHT
+#error "FLIGHT: pieces that are asked for at a time on sm_90"
 #endif
 
-#define STAGE_UNITS 2
-#define STAGE_BYTES (STAGE_UNITS * UNIT_BYTES)
+#define PIECE_BYTES (STREAMS * STAGE_BYTES)
+#define FETCHING_WARPS RCP_HOPPER  // beside the STREAMS warps that compute
 
-// The stream of one warp, a stage at a time, through SLOTS slots at `buffer` (each with a barrier at `barriers`).
-struct Ring {
-    u32 buffer, barriers;
-    const u8* from;
-    int left;  // stages not asked for yet; on sm_90, in lane 0 only: it asks for all
-    u32 at = 0, barrier = 0, parity = 0;  // of the slot in turn: where it and its barrier lie, and its round
+struct Stream {
+    u32 buffer, full, empty;  // slots, and their barriers
+    int slot, parity;         // in turn, and its round
 
-    // Ask for the next stage, into the slot in turn, whose bytes are used up, and turn to the one after it.
-    __device__ __forceinline__ void next() {
 #if RCP_HOPPER
-        if (left > 0) {
-            barrier_expect<STAGE_BYTES>(barriers + barrier);
-            copy_bulk<STAGE_BYTES>(buffer + at, from, barriers + barrier);
-            --left, from += STAGE_BYTES;
+    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages.
+    __device__ __forceinline__ void fetch(const u8* from, int rounds, int last) {
+        int turn = 0, landed = 0, landed_parity = 0;
+        parity = 1;
+        for (int round = 0; round < rounds; ++round) {
+            if (round >= SLOTS) barrier_wait(empty + turn * 8, parity);
+            if (round >= FLIGHT) {
+                barrier_wait(full + landed * 8, landed_parity);
+                if (++landed == SLOTS) landed = 0, landed_parity ^= 1;
+            }
+            const u32 bytes = round == rounds - 1 ? last * STAGE_BYTES : PIECE_BYTES;
+            barrier_expect(full + turn * 8, bytes);
+            copy_bulk(buffer + turn * PIECE_BYTES, from, bytes, full + turn * 8);
+            from += PIECE_BYTES;
+            if (++turn == SLOTS) turn = 0, parity ^= 1;
         }
-#else
-        if (left > 0)
-            for (int i = (threadIdx.x & 31) * 16; i < STAGE_BYTES; i += 512) copy_async(buffer + at + i, from + i);
-        commit_copies();
-        --left, from += STAGE_BYTES;
-#endif
-        at += STAGE_BYTES, barrier += 8;
-        if (barrier == 8 * SLOTS) at = barrier = 0, parity ^= 1;
     }
-    // Fill all slots. PACED: on sm_90 one stage at a time, each when the one before has come.
-    __device__ __forceinline__ void start() {
-#if RCP_HOPPER
-        if ((threadIdx.x & 31) == 0) {
-            for (int i = 0; i < SLOTS; ++i) barrier_init(barriers + i * 8);
-            barrier_init_done();
-        } else {
-            left = 0;
-        }
-        __syncwarp();
-#endif
-#pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-#if RCP_HOPPER && PACED
-            if (i > 0 && left > 0) barrier_wait(barriers + barrier - 8, 0);
-#endif
-            next();
-        }
-        parity = 0;
-        __syncwarp();
-    }
-    // Wait until the bytes of the slot in turn are there for every lane; where they are.
+    __device__ __forceinline__ void begin() { slot = 0, parity = 0; }
+    // Wait until this warp's part of the next piece is there for every lane; where it is.
     __device__ __forceinline__ u32 wait() const {
-#if RCP_HOPPER
-        barrier_wait(barriers + barrier, parity);
+        barrier_wait(full + slot * 8, parity);
+        return buffer + slot * PIECE_BYTES + (threadIdx.x >> 5) * STAGE_BYTES;
+    }
+    // This warp is done with it.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) barrier_arrive(empty + slot * 8);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
 #else
+    const u8* from;
+    int left;
+
+    __device__ __forceinline__ void begin(const u8* first, int count) {
+        from = first, left = count, slot = 0;
+        for (int i = 0; i < SLOTS; ++i) ask();
+    }
+    __device__ __forceinline__ u32 place() const { return buffer + slot * PIECE_BYTES + (threadIdx.x >> 5) * STAGE_BYTES; }
+    __device__ __forceinline__ void ask() {
+        if (left > 0)
+            for (int i = (threadIdx.x & 31) * 16; i < STAGE_BYTES; i += 512) copy_async(place() + i, from + i);
+        commit_copies();
+        --left, from += PIECE_BYTES;
+        if (++slot == SLOTS) slot = 0;
+    }
+    __device__ __forceinline__ u32 wait() const {
         wait_for_copies<SLOTS - 1>();
         __syncwarp();
-#endif
-        return buffer + at;
+        return place();
     }
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        ask();
+    }
+#endif
 };
