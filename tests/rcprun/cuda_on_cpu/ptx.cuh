@@ -129,6 +129,8 @@ static uint4 load4(u32 address) { return *shared_pointer<uint4>(address); }
 static void store1(u32 address, u32 v) { *shared_pointer<u32>(address) = v; }
 template <class T>
 static T load_now(const T* address) { return *address; }
+template <class T>
+static void store_now(T* address, T v) { *address = v; }
 static uint4 load_once(const void* address) { return *(const uint4*)address; }
 
 // Matrices of 8 x 8, transposed: lane (g, t) gets rows 2t and 2t + 1 of column g; lane i has the address of row i.
@@ -159,7 +161,7 @@ static void load_b(u32& b0, u32& b1, u32& next_b0, u32& next_b1, u32 address) {
 
 // Copies come as soon as they may or, backwards, as late.
 struct Copies {
-    static constexpr unsigned MOST = 64;
+    static constexpr unsigned MOST = 128;
     struct { uint4* to; const uint4* from; unsigned group; } copy[MOST];
     unsigned block, begun, done, group;
 

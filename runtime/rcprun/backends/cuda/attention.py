@@ -26,6 +26,13 @@ _MAX_CLUSTER = 4
 _FEWEST_BLOCKS = 4, 2
 """Of a row and group of heads, also where there are blocks enough: sequences differ in length. Without and with
 clusters."""
+_PART_BYTES = 32
+"""Of four channels of a team: attention.cu's Part."""
+_EMPTY = 2**32 - 1
+"""Each word of a part that is not there yet."""
+_EARLY_BYTES = 24 * 1024
+"""Of the cache, that a block asks for while the kernel before still runs: enough to keep memory busy; more would only
+delay what that kernel reads."""
 _OTHER_SHARED = 32 * 1024
 """Bytes of shared memory that decoding needs at most besides the ring of tiles."""
 
@@ -40,15 +47,14 @@ class Decode:
         """hopper: False for the way of older GPUs, which they take by themselves."""
         self._cache, self._heads, self._rows = cache, heads, rows
         self._hopper, self._clusters = hopper, hopper and _has_clusters()
-        partial, scale, arrived = _workspace(cache, heads, rows, self._clusters)
+        parts, arrived = _workspace(cache, heads, rows, self._clusters)
+        self._partial = cupy.full((parts, _PART_BYTES // 4), _EMPTY, dtype=np.uint32)
         self._arrived = cupy.zeros(arrived, dtype=np.uint32)
-        self._partial = cupy.empty(partial, dtype=np.float32)
-        self._partial_scale = cupy.empty(scale, dtype=np.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return int(self._arrived.nbytes + self._partial.nbytes + self._partial_scale.nbytes)
+        return int(self._partial.nbytes + self._arrived.nbytes)
 
     def __call__(
         self,
@@ -107,10 +113,10 @@ class Decode:
             check(array, name, np.int32, (count,))
         groups = _head_groups(cache, self._heads)
         cluster, teams = _blocks(cache, groups * count, self._clusters)
-        warps, stages, ring_bytes = _ring(cache)
+        warps, stages, tile_bytes = _ring(cache)
         few_blocks = groups * count > multiprocessors()
         defines += (("HEAD_DIM", cache.head_dim), ("BITS", cache.bits))
-        defines += (("WARPS", warps), ("STAGES", stages), ("CLUSTER", cluster))
+        defines += (("WARPS", warps), ("STAGES", stages), ("EARLY", _EARLY_BYTES // tile_bytes), ("CLUSTER", cluster))
         defines += () if self._hopper else ((NO_HOPPER, 1),)
         kernel("attention", "decode_attention", defines).launch(
             (teams * cluster, groups, count),
@@ -125,14 +131,13 @@ class Decode:
                 slot_M,
                 out_MC,
                 self._partial,
-                self._partial_scale,
                 self._arrived,
                 *_sizes(cache, self._heads // cache.kv_heads, window),
                 np.int32(few_blocks),
                 _score_scale(cache),
                 *scalars,
             ),
-            shared=ring_bytes,
+            shared=warps * stages * tile_bytes,
             cluster=cluster,
             overlap=True,
         )
@@ -140,16 +145,17 @@ class Decode:
 
 def decode_workspace_bytes(cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> int:
     """What a Decode would hold, without allocating it."""
-    return 4 * sum(_workspace(cache, heads, rows, hopper and _has_clusters()))
+    parts, arrived = _workspace(cache, heads, rows, hopper and _has_clusters())
+    return _PART_BYTES * parts + 4 * arrived
 
 
-def _workspace(cache: KVCache, heads: int, rows: int, clusters: bool) -> tuple[int, int, int]:
-    """Words of sums, of their scales, of counters: enough for any number of rows up to `rows`."""
+def _workspace(cache: KVCache, heads: int, rows: int, clusters: bool) -> tuple[int, int]:
+    """Parts of teams' sums, and words that count teams: enough for any number of rows up to `rows`."""
     groups = [count * _head_groups(cache, heads) for count in range(1, rows + 1)]
     blocks = [(g, *_blocks(cache, g, clusters)) for g in groups]
-    partial = max(g * teams for g, _, teams in blocks) * _COLUMNS * _padded(cache)
-    scale = max(g * teams * cluster for g, cluster, teams in blocks) * _COLUMNS * 2
-    return partial, scale, max(g * cluster for g, cluster, _ in blocks)
+    quads = min(heads // cache.kv_heads, _COLUMNS) * _padded(cache) // 4
+    parts = max(g * teams for g, _, teams in blocks) * quads
+    return parts, max(g * cluster for g, cluster, _ in blocks)
 
 
 def _sizes(cache: KVCache, first: int, window: int | None) -> tuple[np.int32, ...]:
@@ -185,10 +191,10 @@ def _blocks(cache: KVCache, groups: int, clusters: bool) -> tuple[int, int]:
 
 
 def _ring(cache: KVCache) -> tuple[int, int, int]:
-    """Warps of a block while decoding, tiles that each has in shared memory, and bytes of all. Tiles: attention.cu."""
+    """Warps of a block while decoding, tiles that each has in shared memory, and bytes of one. Tiles: attention.cu."""
     vector = vector_bytes(cache.head_dim, cache.bits)
     tile = (2 * vector + 8) * (32 if vector <= 64 else 16)
     warps = 8 if tile < 5000 else 4 if tile < 10000 else 2
     limit = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]) - _OTHER_SHARED
     stages = 3 if warps > 2 and 3 * warps * tile <= limit else 2
-    return warps, stages, warps * stages * tile
+    return warps, stages, tile

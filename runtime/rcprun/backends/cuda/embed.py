@@ -17,7 +17,8 @@ _STRIDES = 4
 def embed(ids_M: cupy.ndarray, table_VD: cupy.ndarray, scale_V: cupy.ndarray | None, x_MD: cupy.ndarray) -> None:
     """SPEC.md, "Embedding": x = table[ids], of an int8 table with row scales or a float16 one.
 
-    ids: int32; x: float32. An id out of range gives a row of NaN.
+    ids: int32; x: float32. An id out of range gives a row of NaN. The first kernel of a pass through the model: it
+    starts when all before it have ended, so that later ones may read at once what earlier passes wrote.
     """
     (tokens,), (vocabulary, width) = ids_M.shape, table_VD.shape
     check(ids_M, "ids", np.int32, (None,))
@@ -29,5 +30,4 @@ def embed(ids_M: cupy.ndarray, table_VD: cupy.ndarray, scale_V: cupy.ndarray | N
         (-(-width // (_THREADS * _STRIDES)), tokens, 1),
         _THREADS,
         [ids_M, table_VD, *scales, x_MD, np.int32(vocabulary), np.int32(width)],
-        overlap=True,
     )

@@ -33,7 +33,7 @@ def _decode(
     head_dim: int, bits: int, *, warps: int, stages: int, cluster: int, paley: int = -1, hadamard: int = 1
 ) -> Definitions:
     """Of attention.cu. paley: of what is fused; -1: nothing is."""
-    shape = {"HEAD_DIM": head_dim, "BITS": bits, "WARPS": warps, "STAGES": stages, "CLUSTER": cluster}
+    shape = {"HEAD_DIM": head_dim, "BITS": bits, "WARPS": warps, "STAGES": stages, "EARLY": 5, "CLUSTER": cluster}
     return {**shape, "FUSED": int(paley >= 0), "PALEY": max(0, paley), "HADAMARD": hadamard}
 
 

@@ -5,22 +5,26 @@
 //                   rows of one slot. Otherwise [M][H * D], the queries; all of the cache is there already.
 //   q_gain, k_gain, cosine, sine, paley, eps, norm, key_clip, value_clip   as in rope.cu where FUSED, unused otherwise
 //   position, slot  i32 [M]
-//   partial         f32 [M][G * chunks][teams][COLUMNS][P]; any contents
-//   partial_scale   f32 [M][G * chunks][teams][CLUSTER][COLUMNS][2] (peak, total); any contents
+//   partial         Part [M][G * chunks][teams][min(R, COLUMNS) * P / 4]; all bits set before and after
 //   arrived         u32 [M][G * chunks][CLUSTER]; zeros before, zeros after
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
 // Grid (teams * CLUSTER, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head,
-// teams (at most 128) the tokens. A team is a cluster of blocks, of which few_blocks uses no more than have a tile for
-// every warp. The grid knows no position: blocks beyond what the visible tokens need leave at once. Blocks of a team add
-// up through shared memory, teams through global memory: the last one to come adds up all, in order.
+// teams (at most 128) the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have
+// two tiles, or with few_blocks than give every warp four. The grid knows no position: blocks beyond what the visible
+// tokens need leave at once. Blocks of a team add up through shared memory, teams through global memory: the last one to
+// begin, which knows that all others run, waits until their sums are there, without a fence, and adds up all, in order.
+//
+// Where FUSED, the first tiles are fetched before the kernel before has ended: an earlier step wrote them, but for the
+// new token. The same holds for position and slot: they are no kernel's of this step.
 //
 // A warp copies tiles to a ring of STAGES in shared memory, STAGES * WARPS * (16 or 32, Columns<1>::TOKENS) * (P * BITS
 // / 4 + 8) bytes for all. The new token's key and value are put into the ring by the warp that has its tile, and are
 // read from nowhere else.
 //
-// Defines: HEAD_DIM, BITS (4 or 8), WARPS, STAGES (2 or more), CLUSTER (1, 2, 4 or 8; 1 before sm_90), FUSED (0 or 1),
-// PALEY and HADAMARD (as in rope.cu; 0 and any where not FUSED).
+// Defines: HEAD_DIM, BITS (4 or 8), WARPS, STAGES (2 or more), EARLY (tiles that a block asks for before it waits for the
+// kernel before), CLUSTER (1, 2, 4 or 8; 1 before sm_90), FUSED (0 or 1), PALEY and HADAMARD (as in rope.cu; 0 and any
+// where not FUSED).
 #ifndef HEAD_DIM
 #error "HEAD_DIM: channels of a head"
 #endif
@@ -32,6 +36,9 @@
 #endif
 #ifndef STAGES
 #error "STAGES: tiles that a warp has in shared memory"
+#endif
+#ifndef EARLY
+#error "EARLY: tiles that a block asks for before it waits for the kernel before"
 #endif
 #ifndef CLUSTER
 #error "CLUSTER: blocks of a team"
@@ -56,11 +63,12 @@ using Decode = Columns<1>;
 constexpr int COLUMNS = Decode::COUNT, TOKENS = Decode::TOKENS, BLOCKS_OF_16 = Decode::BLOCKS_OF_16;
 constexpr int ROW = PADDED + 4;  // floats: no bank conflicts between columns
 constexpr int QUADS = PADDED / 4;
-constexpr int MAX_TEAMS = 128;
+constexpr int TEAMS_AT_ONCE = 4;  // whose sums are asked for together
 constexpr int ENOUGH = CLUSTER > 1 ? 3 : 1;  // tiles of a warp, at most, that are sooner done than teams' sums
 constexpr int KEY_BYTES = TOKENS * ROW_WORDS * 4;  // of a tile's keys, and of its values
 constexpr int PAIR_BYTES = ROW_WORDS * 8;               // of a pair of values
-constexpr int VECTORS = COLUMNS + (FUSED ? 2 : 0);
+constexpr int JOBS = COLUMNS + (FUSED ? 2 : 0);  // queries, key, value
+constexpr int OWN = (4 * STEPS + 31) / 32;       // fours of a query's channels that a lane splits
 
 // A tile of the sequence, as it lies in the cache.
 struct alignas(16) Tile {
@@ -70,15 +78,49 @@ struct alignas(16) Tile {
 struct alignas(4 * UNIT) Unit {
     float x[UNIT];
 };
-struct Part {
+// Of four channels.
+struct alignas(16) Part {
     float4 sum;
     float peak, total;
 };
+constexpr u32 EMPTY = 0xffffffffu;  // in a team's part: not there yet. Arithmetic gives no NaN but 0x7fffffff.
 
 // In shared memory, 32 bytes in 128 of a pair of values change places, so that lanes that read four pairs at a time read
 // different banks. at: in the values of a tile, in bytes.
 __device__ __forceinline__ u32 value_place(u32 at) {
     return VECTOR == 4 ? at ^ at / PAIR_BYTES % 4 * 32 : at;
+}
+
+// The mma operand of a query in shared memory: what lanes of its column hold of each step. Sets its peak and sum.
+__device__ __forceinline__ void split_query(uint2 (&fragments)[STEPS][32], const float* x, int column, float& peak, float& sum) {
+    const int lane = threadIdx.x & 31, j = lane & 3;
+    float own[OWN][4];
+    peak = sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+        const int step = lane / 4 + 8 * n;
+        const int channel = word_index(step / (UNIT / 2), j, 4) * 2 * UNIT + step % (UNIT / 2) * 2;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int i = channel + c % 2 + c / 2 * UNIT;
+            own[n][c] = step < STEPS && i < HEAD_DIM ? x[i] : 0.0f;
+            peak = max_or_nan(peak, fabsf(own[n][c]));
+            sum += own[n][c];
+        }
+    }
+    peak = warp_max(peak);
+    const float up = scaled_up(peak);
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+        const int step = lane / 4 + 8 * n;
+        if (step >= STEPS) break;
+        u32 both[4];  // hi and lo
+#pragma unroll
+        for (int c = 0; c < 4; c++) both[c] = split(own[n][c] * (c % 2 ? up * (ODD_CODES / CODES) : up));
+        fragments[step][8 * column + j] = {__byte_perm(both[0], both[2], 0x5410), __byte_perm(both[1], both[3], 0x5410)};
+        fragments[step][8 * column + 4 + j] = {__byte_perm(both[0], both[2], 0x7632), __byte_perm(both[1], both[3], 0x7632)};
+    }
+    sum = warp_sum(sum);
 }
 
 // Tile number `tile` of keys, values or scales to shared memory. from: the lane's part of tile 0.
@@ -100,14 +142,41 @@ __device__ __forceinline__ void add_part(Part& to, const float4& x, float peak, 
     to.total = fmaf(f, total, to.total);
 }
 
+__device__ __forceinline__ bool is_there(float x) { return __float_as_uint(x) != EMPTY; }
+
+// The parts of `count` teams, when all are there; their places are empty afterwards. All are asked for together, and again
+// until they have come.
+__device__ __forceinline__ void take_parts(Part (&of)[TEAMS_AT_ONCE], Part* from, int stride, int count) {
+    for (bool all = false; !all;) {
+#pragma unroll
+        for (int t = 0; t < TEAMS_AT_ONCE; t++) {
+            const Part& part = from[min(t, count - 1) * stride];
+            of[t].sum = load_now(&part.sum);
+            const float2 scale = load_now(reinterpret_cast<const float2*>(&part.peak));
+            of[t].peak = scale.x, of[t].total = scale.y;
+        }
+        all = true;
+#pragma unroll
+        for (int t = 0; t < TEAMS_AT_ONCE; t++) {
+            const float4& x = of[t].sum;
+            all = all && is_there(x.x) && is_there(x.y) && is_there(x.z) && is_there(x.w);
+            all = all && is_there(of[t].peak) && is_there(of[t].total);
+        }
+    }
+    const float empty = __uint_as_float(EMPTY);
+    for (int t = 0; t < count; t++) {
+        store_now(&from[t * stride].sum, float4{empty, empty, empty, empty});
+        store_now(reinterpret_cast<float2*>(&from[t * stride].peak), float2{empty, empty});
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     decode_attention(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
                      const i8* paley, u32* keys, u32* values, uint2* scales, const i32* position, const i32* slot,
-                     float* out, float* partial, float* partial_scale, u32* arrived, int group, int kv_heads,
-                     int capacity, int window, int few_blocks, float scale, float eps, float norm, float key_clip,
-                     float value_clip) {
+                     float* out, Part* partial, u32* arrived, int group, int kv_heads, int capacity, int window,
+                     int few_blocks, float scale, float eps, float norm, float key_clip, float value_clip) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ __align__(16) float vectors[VECTORS][PADDED];
+    __shared__ __align__(16) float vectors[JOBS][PADDED];
     __shared__ __align__(16) float scratch[WARPS][SCRATCH > 0 ? SCRATCH : 1];
     __shared__ __align__(16) uint2 fragments[STEPS][32];
     __shared__ u16 new_codes[2][2 * ROW_WORDS];
@@ -117,9 +186,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     __shared__ __align__(8) float2 block_scale[COLUMNS];
     __shared__ bool is_last;
     Tile(*const ring)[STAGES] = reinterpret_cast<Tile(*)[STAGES]>(memory);
-    float(*const part)[COLUMNS][ROW] = reinterpret_cast<float(*)[COLUMNS][ROW]>(memory);  // once the ring is done
+    auto part = [&](int of_warp) { return reinterpret_cast<float(*)[ROW]>(ring[of_warp]); };  // once its ring is done
     static_assert(sizeof(Tile) * STAGES >= sizeof(float) * COLUMNS * ROW, "part lies in the ring");
-    static_assert(sizeof(Tile) * STAGES * WARPS >= sizeof(float) * COLUMNS * (MAX_TEAMS + 1), "and factors of teams");
     pdl_launch();
 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
@@ -129,32 +197,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const int teams = gridDim.x / CLUSTER, team = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
     const i64 first_head = (i64)row * (FUSED ? heads + 2 * kv_heads : heads);
     auto source = [&](int job) {  // of a query, of the key, of the value
-        const int head = job < columns ? kv_head * group + first_column + job : heads + (job - columns) * kv_heads + kv_head;
+        const int head = job < COLUMNS ? kv_head * group + first_column + job : heads + (job - COLUMNS) * kv_heads + kv_head;
         return qkv + (first_head + head) * HEAD_DIM;
     };
-    const float* const mine = source(min(warp, columns + (FUSED ? 1 : -1)));
-    pdl_wait();
-
-    // What waits for nothing is asked for first, or the compiler has it wait for the position.
-    Head head;
-    head.load(mine);
+    if (!FUSED) pdl_wait();
     const int query_position = load_now(position + row), my_slot = load_now(slot + row);
+    Head head;
     if (FUSED) head.load_angles<true>(cosine, sine, query_position);
-    __syncwarp();  // keeps the compiler from asking for tiles before: loads come back in order
     const int first = max(0, query_position - window + 1);
     const int first_tile = first / TOKENS, tiles = query_position / TOKENS + 1 - first_tile;
     constexpr int TEAM_WARPS = CLUSTER * WARPS;
     const int used_teams = tiles <= ENOUGH * TEAM_WARPS ? 1 : min(teams, (tiles + TEAM_WARPS - 1) / TEAM_WARPS);
     const int begin = used_teams == 1 ? 0 : tiles * team / used_teams;
     const int end = used_teams == 1 ? tiles : tiles * (team + 1) / used_teams;
-    const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? (tiles + WARPS - 1) / WARPS : tiles;
+    const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? tiles / (4 * WARPS) : 2 * ((tiles + WARPS - 1) / WARPS) - 1;
     int blocks = 1;  // a power of two
 #pragma unroll
     for (int b = 2; b <= CLUSTER; b *= 2)
         if (b <= wanted) blocks = b;
     if (team >= used_teams || rank >= blocks) return;
     const bool has_new = FUSED && team == used_teams - 1 && rank == ((end - begin - 1) & (blocks - 1));
-    const int jobs = columns + (has_new ? 2 : 0);
 
     const Sequence s = sequence(keys, values, scales, my_slot, kv_head, kv_heads, capacity);
     const int last_tile = first_tile + end - 1, stride = blocks * WARPS;
@@ -169,15 +231,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         copy_by_warp<KEY_BYTES, true>(to + KEY_BYTES, my_values, tile);
         copy_by_warp<sizeof(Tile) - 2 * KEY_BYTES, false>(to + 2 * KEY_BYTES, my_scales, tile);
     };
+    // Stages are asked for in order, those of all warps in turn.
+    auto fill_ring = [&](bool early) {
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (my_first + i * stride <= last_tile) copy_tile(i, my_first + i * stride);
-        commit_copies();
-    }
+        for (int i = 0; i < STAGES; i++) {
+            if ((i * WARPS + warp < EARLY) != early) continue;
+            if (my_first + i * stride <= last_tile) copy_tile(i, my_first + i * stride);
+            commit_copies();
+        }
+    };
+    fill_ring(true);
 
-    // ---- the query, the new key and the new value
-    for (int job = warp; job < jobs; job += WARPS) {
-        const bool is_query = job < columns, is_value = job > columns;
+    const i64 problem = (i64)row * gridDim.y + blockIdx.y;
+    const int quads = min(group, COLUMNS) * QUADS;
+    Part* const partial_of_teams = partial + problem * teams * quads;
+    if (FUSED) pdl_wait();
+    // Asked for before what is left of the ring: loads come back in order.
+    if (warp < columns || (has_new && COLUMNS <= warp && warp < JOBS)) head.load(source(warp));
+    fill_ring(false);
+    if (used_teams > 1 && threadIdx.x == 32 * WARPS - 1)
+        is_last = atomicInc(arrived + problem * CLUSTER + rank, used_teams - 1) == used_teams - 1;
+
+    // ---- the queries, the new key and the new value
+    for (int job = warp; job < JOBS; job += WARPS) {
+        const bool is_query = job < COLUMNS, is_value = job > COLUMNS;
+        if (is_query && job >= columns) {
+            for (int i = lane; i < 8 * STEPS; i += 32) fragments[i / 8][8 * job + i % 8] = {0, 0};
+            continue;
+        }
+        if (!is_query && !has_new) continue;
         if (job != warp) {
             head.load(source(job));
             if (FUSED) head.load_angles<true>(cosine, sine, query_position);
@@ -187,17 +269,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
             if (gain) head.normalize(gain, eps);
             head.rotate();
         }
-        float* x = vectors[is_query ? job : COLUMNS + job - columns];
+        float* x = vectors[job];
         head.store(x, scratch[warp], FUSED && !is_value, paley, norm);
         if (is_query) {
-            float peak = 0.0f, sum = 0.0f;
-            for (int i = lane; i < PADDED; i += 32) {
-                if (i >= HEAD_DIM) x[i] = 0.0f;
-                peak = max_or_nan(peak, fabsf(x[i]));
-                sum += x[i];
-            }
-            peak = warp_max(peak);
-            sum = warp_sum(sum);
+            float peak, sum;
+            split_query(fragments, x, job, peak, sum);
             if (lane == 0) q_peak[job] = peak, q_sum[job] = sum;
         } else {
             const i64 vector = ((i64)my_slot * kv_heads + kv_head) * capacity + query_position;
@@ -215,23 +291,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         }
     }
     __syncthreads();
-    for (int step = warp; step < STEPS; step += WARPS) {
-        const int channel = word_index(step / (UNIT / 2), j, 4) * 2 * UNIT + step % (UNIT / 2) * 2, column = g / 2;
-        uint2 both = {0, 0};
-        if (column < columns) {
-            const float* x = vectors[column] + channel;
-            const float up = scaled_up(q_peak[column]);
-            const u32 half = g & 1 ? 0x7632 : 0x5410;
-            both.x = __byte_perm(split(x[0] * up), split(x[UNIT] * up), half);
-            both.y = __byte_perm(split(x[1] * up), split(x[UNIT + 1] * up), half);
-        }
-        fragments[step][lane] = both;
-    }
-    __syncthreads();
     Decode warp_columns;
     warp_columns.clear();
     warp_columns.position[0] = j < columns ? query_position : -1;
-    warp_columns.factor[0] = j < columns ? scaled_down(q_peak[j]) * scale : 0.0f;
+    warp_columns.factor[0] = j < columns ? scaled_down(q_peak[j]) * CODES * scale : 0.0f;
     warp_columns.sum[0] = j < columns ? q_sum[j] * scale : 0.0f;
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -240,13 +303,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     }
 
     // ---- this warp's tiles
-    int stage = 0, free_stage = STAGES - 1;
+    int stage = 0;
     for (int tile = my_first; tile <= last_tile; tile += stride) {
-        wait_for_copies<STAGES - 2>();
-        __syncwarp();  // all have come, and all lanes are done with the stage that is free
-        const int coming = tile + (STAGES - 1) * stride;
-        if (coming <= last_tile) copy_tile(free_stage, coming);
-        commit_copies();
+        wait_for_copies<STAGES - 1>();
+        __syncwarp();
         Tile& here = ring[warp][stage];
         if (has_new && tile == last_tile) {
             const int token = query_position % TOKENS, odd = token % 2;
@@ -276,21 +336,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 load_words(words[b][half], here.values + (16 * b + 8 * half + 2 * j) * ROW_WORDS, VECTOR == 4 ? g ^ 2 * j : g, 8);
+        __syncwarp();  // all lanes have read what is overwritten now
+        const int coming = tile + STAGES * stride;
+        if (coming <= last_tile) copy_tile(stage, coming);
+        commit_copies();
         warp_columns.softmax(weight, dot, scale_bits, tile * TOKENS + g, first, query_position, window);
         warp_columns.add_values(weight, words);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
-        free_stage = free_stage == STAGES - 1 ? 0 : free_stage + 1;
     }
     warp_columns.add_lanes();
 
     // ---- the sum of warps, of the team, of teams
-    __syncthreads();
+    __syncwarp();
     warp_columns.for_each_unit([&](int, int channel, const float (&x)[UNIT]) {
         if (j >= columns) return;
         Unit unit;
 #pragma unroll
         for (int c = 0; c < UNIT; c++) unit.x[c] = x[c];
-        *reinterpret_cast<Unit*>(&part[warp][j][channel]) = unit;
+        *reinterpret_cast<Unit*>(&part(warp)[j][channel]) = unit;
     });
     if (g == 0) {
         part_peak[warp][j] = warp_columns.peak[0];
@@ -298,21 +361,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     }
     __syncthreads();
 
-    const i64 problem = (i64)row * gridDim.y + blockIdx.y;
-    float4* const team_partial = reinterpret_cast<float4*>(partial) + problem * teams * COLUMNS * QUADS;
-    float2* const team_scale = reinterpret_cast<float2*>(partial_scale) + (problem * teams * CLUSTER + rank) * COLUMNS;
-    auto write_out = [&](int index, const float4& x, float total) {
+    auto write_out = [&](int index, const Part& p) {
         const int column = index / QUADS, channel = index % QUADS * 4;
         float* to = out + (((i64)row * heads + kv_head * group + first_column + column) * HEAD_DIM + channel);
-        const float y[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-            if (channel + c < HEAD_DIM) to[c] = __fdiv_rn(y[c], total);
+        const float inverse = __fdiv_rn(1.0f, p.total);
+        if (channel < HEAD_DIM) *reinterpret_cast<float2*>(to) = {p.sum.x * inverse, p.sum.y * inverse};
+        if (channel + 2 < HEAD_DIM) *reinterpret_cast<float2*>(to + 2) = {p.sum.z * inverse, p.sum.w * inverse};
     };
     auto write_team = [&](int index, const Part& p) {
-        if (used_teams == 1) return write_out(index, p.sum, p.total);
-        __stcg(team_partial + team * COLUMNS * QUADS + index, p.sum);
-        __stcg(team_scale + team * CLUSTER * COLUMNS + index / QUADS, float2{p.peak, p.total});
+        if (used_teams == 1) return write_out(index, p);
+        Part* const to = partial_of_teams + team * quads + index;
+        store_now(&to->sum, p.sum);
+        store_now(reinterpret_cast<float2*>(&to->peak), float2{p.peak, p.total});
     };
     for (int index = threadIdx.x; index < columns * QUADS; index += 32 * WARPS) {
         const int column = index / QUADS, channel = index % QUADS * 4;
@@ -321,11 +381,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         for (int w = 0; w < WARPS; w++) p.peak = fmaxf(p.peak, part_peak[w][column]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
-            add_part(p, *reinterpret_cast<const float4*>(&part[w][column][channel]), part_peak[w][column], part_total[w][column]);
+            add_part(p, *reinterpret_cast<const float4*>(&part(w)[column][channel]), part_peak[w][column], part_total[w][column]);
         if (blocks == 1) {
             write_team(index, p);
         } else {
-            *reinterpret_cast<float4*>(&part[0][column][channel]) = p.sum;
+            *reinterpret_cast<float4*>(&part(0)[column][channel]) = p.sum;
             if (channel == 0) block_scale[column] = {p.peak, p.total};
         }
     }
@@ -338,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         cluster_wait();
         for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
             const int column = index / QUADS;
-            const u32 sums = shared_address(&part[0][column][index % QUADS * 4]), both = shared_address(block_scale + column);
+            const u32 sums = shared_address(&part(0)[column][index % QUADS * 4]), both = shared_address(block_scale + column);
             float4 x[CLUSTER];
             float2 peak_total[CLUSTER];
 #pragma unroll
@@ -360,38 +420,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         cluster_wait();  // the others have read what is here
     }
 #endif
-    if (used_teams == 1) return;
+    if (used_teams == 1 || !is_last) return;
 
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicInc(arrived + problem * CLUSTER + rank, used_teams - 1) == used_teams - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    float(*const team_factor)[MAX_TEAMS + 1] = reinterpret_cast<float(*)[MAX_TEAMS + 1]>(memory);
-    for (int column = slice_begin / QUADS + warp; column * QUADS < slice_end; column += WARPS) {
-        float peak = NEVER, total = 0.0f;
-        for (int t = lane; t < used_teams; t += 32) peak = fmaxf(peak, __ldcg(team_scale + t * CLUSTER * COLUMNS + column).x);
-        peak = warp_max(peak);
-        for (int t = lane; t < used_teams; t += 32) {
-            const float2 both = __ldcg(team_scale + t * CLUSTER * COLUMNS + column);
-            const float f = exp2_approx(both.x - peak);
-            team_factor[column][t] = f;
-            total = fmaf(f, both.y, total);
-        }
-        total = warp_sum(total);
-        if (lane == 0) team_factor[column][MAX_TEAMS] = total;
-    }
-    __syncthreads();
     for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
-        const int column = index / QUADS;
-        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-        for (int t = 0; t < used_teams; t++) {
-            const float f = team_factor[column][t];
-            const float4 x = __ldcg(team_partial + t * COLUMNS * QUADS + index);
-            sum = {fmaf(f, x.x, sum.x), fmaf(f, x.y, sum.y), fmaf(f, x.z, sum.z), fmaf(f, x.w, sum.w)};
+        Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
+        for (int first_of_some = 0; first_of_some < used_teams; first_of_some += TEAMS_AT_ONCE) {
+            Part* const some = partial_of_teams + first_of_some * quads + index;
+            Part of[TEAMS_AT_ONCE];
+            take_parts(of, some, quads, min(TEAMS_AT_ONCE, used_teams - first_of_some));
+#pragma unroll
+            for (int t = 0; t < TEAMS_AT_ONCE; t++) {
+                if (first_of_some + t >= used_teams) break;
+                Part sum = {{0.0f, 0.0f, 0.0f, 0.0f}, fmaxf(p.peak, of[t].peak), 0.0f};
+                add_part(sum, p.sum, p.peak, p.total);
+                add_part(sum, of[t].sum, of[t].peak, of[t].total);
+                p = sum;
+            }
         }
-        write_out(index, sum, team_factor[column][MAX_TEAMS]);
+        write_out(index, p);
     }
 }

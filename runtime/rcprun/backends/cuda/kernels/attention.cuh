@@ -1,9 +1,10 @@
 // Attention over the packed KV cache (SPEC.md, "Attention", step 6, and "KV cache") on tensor cores: what one warp does.
 //
-// Codes are read as f16 integers c' = code - 2^(BITS - 1), exact, so that a vector is mid + step * c' with
-// mid = low + 2^(BITS - 1) * step near zero: distributed over mid and step, a dot product does not cancel. The other
-// operand, q or step * weight, is the sum of two f16 (hi + lo * 2^-11, after a scaling by a power of two), 22 bits and
-// sign, accumulated in f32. A "column" is one query head of one query token; each takes two of the 8 columns of an mma.
+// A vector is low + step * code. prefill_attention.cu reads codes as f16 integers c' = code - 2^(BITS - 1), and a vector as
+// mid + step * c'; attention.cu, whose codes are used once, takes their bits as a subnormal f16, which is code * 2^-24 or,
+// four bits higher, code * 2^-20: both exact. The other operand, q or step * weight, is the sum of two f16 (hi + lo * 2^-11,
+// after a scaling by a power of two), 22 bits and sign, accumulated in f32. A "column" is one query head of one query token;
+// each takes two of the 8 columns of an mma.
 //
 // Shapes: M query tokens, H query heads, G KV heads, R = H / G, D = HEAD_DIM, T = capacity (a multiple of 32), N slots.
 //   q       f32 [M][H * D]
@@ -37,6 +38,16 @@ __device__ __forceinline__ u32 centred(u32 word, int s) {
     return multiply_add_half2(masked_or(shifted, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
 #else
     return add_half2(__byte_perm(word, 0x64646464u, s == 0 ? 0x4240 : 0x4341), 0xe480e480u);  // - 1152
+#endif
+}
+
+// Codes number s of both halves of a word as two f16: code / CODES or, for BITS 4 and odd s, code / ODD_CODES.
+constexpr float CODES = 16777216.0f, ODD_CODES = BITS == 4 ? CODES / 16 : CODES;
+__device__ __forceinline__ u32 codes_of(u32 word, int s) {
+#if BITS == 4
+    return (s < 2 ? word : word >> 8) & (s % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+#else
+    return s == 0 ? word & 0x00ff00ffu : __byte_perm(word, 0, 0x4341);
 #endif
 }
 
@@ -101,62 +112,18 @@ struct Columns {
     static constexpr int TOKENS = 16 * BLOCKS_OF_16;  // of a tile of the sequence
 
     u32 q[N_TILES][STEPS][2];
-    float factor[N_TILES], sum[N_TILES];  // score = step * dot * factor + mid * sum, in powers of two
+    float factor[N_TILES], sum[N_TILES];  // score = step * dot * factor + low * sum, in powers of two
     int position[N_TILES];              // of the query; -1: no such column
-    float acc[N_TILES][STEPS][4];       // Σ weight * step * c': channels of 2 rows, hi and lo
+    float acc[N_TILES][STEPS][4];       // Σ weight * step * code: channels of 2 rows, hi and lo
     float peak[N_TILES];                // weight = 2^(score - peak), so that weight * step is at most 2^14
-    float total[N_TILES], mid[N_TILES];   // Σ weight, Σ weight * mid; of the tokens of this lane
-
-    // row[n]: the D floats of column 4n + g / 2, or null. scale: log2(e) / sqrt(D).
-    __device__ __forceinline__ void start(const float* const (&row)[N_TILES], float scale) {
-        const int g = (threadIdx.x & 31) >> 2, j = threadIdx.x & 3;
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++) {
-            float x[WORDS][2 * UNIT], peak_q = 0.0f, sum_q = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-                const int channel = word_index(i, j, 4) * 2 * UNIT;
-#pragma unroll
-                for (int c = 0; c < 2 * UNIT; c += 4) {
-                    if constexpr (HEAD_DIM % 4 == 0) {
-                        const bool there = row[n] && channel + c < HEAD_DIM;
-                        const float4 v = there ? *reinterpret_cast<const float4*>(row[n] + channel + c) : float4{};
-                        x[i][c] = v.x, x[i][c + 1] = v.y, x[i][c + 2] = v.z, x[i][c + 3] = v.w;
-                    } else {
-#pragma unroll
-                        for (int e = c; e < c + 4; e++)
-                            x[i][e] = row[n] && channel + e < HEAD_DIM ? row[n][channel + e] : 0.0f;
-                    }
-                }
-#pragma unroll
-                for (int c = 0; c < 2 * UNIT; c++) {
-                    peak_q = fmaxf(peak_q, fabsf(x[i][c]));
-                    sum_q += x[i][c];
-                }
-            }
-            for (int lanes = 1; lanes < 4; lanes *= 2) {
-                peak_q = fmaxf(peak_q, __shfl_xor_sync(FULL_MASK, peak_q, lanes));
-                sum_q += __shfl_xor_sync(FULL_MASK, sum_q, lanes);
-            }
-            const float up = scaled_up(peak_q);
-#pragma unroll
-            for (int i = 0; i < WORDS; i++)
-#pragma unroll
-                for (int s = 0; s < UNIT; s++)
-                    q[n][i * (UNIT / 2) + s / 2][s % 2] =
-                        __byte_perm(split(x[i][s] * up), split(x[i][s + UNIT] * up), g & 1 ? 0x7632 : 0x5410);
-            factor[n] = __shfl_sync(FULL_MASK, scaled_down(peak_q), 8 * j) * scale;
-            sum[n] = __shfl_sync(FULL_MASK, sum_q, 8 * j) * scale;
-        }
-        clear();
-    }
+    float total[N_TILES], low[N_TILES];   // Σ weight, Σ weight * low; of the tokens of this lane
 
     // As at first: no token seen yet.
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
             peak[n] = NEVER;
-            total[n] = mid[n] = 0.0f;
+            total[n] = low[n] = 0.0f;
 #pragma unroll
             for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -164,7 +131,7 @@ struct Columns {
         }
     }
 
-    // Σ q * c' of a tile's keys.
+    // Σ q * code of a tile's keys.
     __device__ __forceinline__ void multiply_keys(float (&dot)[BLOCKS_OF_16][N_TILES][4],
                                                   const u32 (&key)[BLOCKS_OF_16][2][WORDS]) const {
         constexpr int CHAINS = N_TILES == 1 && UNIT > 2 ? 2 : 1;  // an mma waits for the one before it in its chain
@@ -175,8 +142,8 @@ struct Columns {
             for (int b = 0; b < BLOCKS_OF_16; b++)
 #pragma unroll
                 for (int h = 0; h < UNIT / 2; h++) {
-                    const u32 a0 = centred(key[b][0][i], 2 * h), a1 = centred(key[b][1][i], 2 * h);
-                    const u32 a2 = centred(key[b][0][i], 2 * h + 1), a3 = centred(key[b][1][i], 2 * h + 1);
+                    const u32 a0 = codes_of(key[b][0][i], 2 * h), a1 = codes_of(key[b][1][i], 2 * h);
+                    const u32 a2 = codes_of(key[b][0][i], 2 * h + 1), a3 = codes_of(key[b][1][i], 2 * h + 1);
                     const int step = i * (UNIT / 2) + h;
 #pragma unroll
                     for (int n = 0; n < N_TILES; n++)
@@ -207,8 +174,8 @@ struct Columns {
             for (int i = 0; i < WORDS; i++)
 #pragma unroll
                 for (int h = 0; h < UNIT / 2; h++) {
-                    const u32 a0 = centred(value[b][0][i], 2 * h), a1 = centred(value[b][0][i], 2 * h + 1);
-                    const u32 a2 = centred(value[b][1][i], 2 * h), a3 = centred(value[b][1][i], 2 * h + 1);
+                    const u32 a0 = codes_of(value[b][0][i], 2 * h), a1 = codes_of(value[b][0][i], 2 * h + 1);
+                    const u32 a2 = codes_of(value[b][1][i], 2 * h), a3 = codes_of(value[b][1][i], 2 * h + 1);
 #pragma unroll
                     for (int n = 0; n < N_TILES; n++)
                         mma(acc[n][i * (UNIT / 2) + h], a0, a1, a2, a3, even[n], odd[n]);
@@ -216,11 +183,11 @@ struct Columns {
         }
     }
 
-    // Weights times step of tokens token + 16b + 8 * half, as split() gives them; keeps peak, total, mid and acc.
+    // Weights times step of tokens token + 16b + 8 * half, as split() gives them; keeps peak, total, low and acc.
     __device__ __forceinline__ void softmax(
         u32 (&weight)[BLOCKS_OF_16][N_TILES][2], const float (&dot)[BLOCKS_OF_16][N_TILES][4],
         const uint2 (&scale)[BLOCKS_OF_16][2], int token, int first, int last, int window) {
-        Scale value[BLOCKS_OF_16][2];
+        float value_low[BLOCKS_OF_16][2], value_step[BLOCKS_OF_16][2];
         float score[BLOCKS_OF_16][N_TILES][2], highest[N_TILES];
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) highest[n] = peak[n];
@@ -230,15 +197,17 @@ struct Columns {
             for (int half = 0; half < 2; half++) {
                 const int t = token + 16 * b + 8 * half;
                 const bool written = first <= t && t <= last;
-                const Scale key = scale_of(written ? scale[b][half].x : 0);
-                value[b][half] = scale_of(written ? scale[b][half].y : 0);
+                const u32 key = written ? scale[b][half].x : 0, value = written ? scale[b][half].y : 0;
+                const float key_low = float_from_half((u16)key), key_step = float_from_half((u16)(key >> 16));
+                value_low[b][half] = float_from_half((u16)value);
+                value_step[b][half] = float_from_half((u16)(value >> 16));
                 // step < 2^exponent; the exponent as a float by way of 2^23 + e
-                const u32 biased = (__float_as_uint(value[b][half].step) >> 23) | 0x4b000000u;
+                const u32 biased = (__float_as_uint(value_step[b][half]) >> 23) | 0x4b000000u;
                 const float exponent = __uint_as_float(biased) - (8388608.0f + 126.0f);
 #pragma unroll
                 for (int n = 0; n < N_TILES; n++) {
                     const float sum_qc = fmaf(dot[b][n][2 * half + 1], LO, dot[b][n][2 * half]) * factor[n];
-                    const float s = fmaf(sum_qc, key.step, key.mid * sum[n]);
+                    const float s = fmaf(sum_qc, key_step, key_low * sum[n]);
                     const bool visible = (u32)(position[n] - t) < (u32)window;
                     score[b][n][half] = visible ? s : NEVER;
                     if (visible) highest[n] = fmaxf(highest[n], s + (exponent - 14.0f));
@@ -257,7 +226,7 @@ struct Columns {
                 const float shrink = exp2_approx(peak[n] - highest[n]);
                 peak[n] = highest[n];
                 total[n] *= shrink;
-                mid[n] *= shrink;
+                low[n] *= shrink;
 #pragma unroll
                 for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -273,18 +242,18 @@ struct Columns {
                     const float s = score[b][n][half];
                     const float p = s == NEVER ? 0.0f : exp2_approx(s - peak[n]);
                     total[n] += p;
-                    mid[n] = fmaf(p, value[b][half].mid, mid[n]);
-                    weight[b][n][half] = split(p * value[b][half].step);
+                    low[n] = fmaf(p, value_low[b][half], low[n]);
+                    weight[b][n][half] = split(p * value_step[b][half]);
                 }
     }
 
-    // total and mid of the tokens of all lanes; once, at the end.
+    // total and low of the tokens of all lanes; once, at the end.
     __device__ __forceinline__ void add_lanes() {
 #pragma unroll
         for (int n = 0; n < N_TILES; n++)
             for (int lanes = 4; lanes < 32; lanes *= 2) {
                 total[n] += __shfl_xor_sync(FULL_MASK, total[n], lanes);
-                mid[n] += __shfl_xor_sync(FULL_MASK, mid[n], lanes);
+                low[n] += __shfl_xor_sync(FULL_MASK, low[n], lanes);
             }
     }
 
@@ -300,7 +269,7 @@ struct Columns {
 #pragma unroll
                 for (int s = 0; s < UNIT; s++) {
                     const float* c = acc[n][i * (UNIT / 2) + s / 2] + s % 2 * 2;
-                    x[s] = fmaf(c[1], LO, c[0]) + mid[n];
+                    x[s] = fmaf(fmaf(c[1], LO, c[0]), s % 2 ? ODD_CODES : CODES, low[n]);
                 }
                 store(n, word_index(i, g, 8) * UNIT, x);
             }

@@ -5,9 +5,11 @@
 
 #define FULL_MASK 0xffffffffu
 
+// Of bits that have the floats' order, in one instruction. A NaN, as arithmetic gives it, without a sign, is the largest.
 __device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset; offset >>= 1) x = max_or_nan(x, __shfl_xor_sync(FULL_MASK, x, offset));
-    return x;
+    const u32 bits = __float_as_uint(x);
+    const u32 most = __reduce_max_sync(FULL_MASK, bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u));
+    return __uint_as_float(most ^ (most >> 31 ? 0x80000000u : 0xffffffffu));
 }
 __device__ __forceinline__ float warp_sum(float x) {
     for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(FULL_MASK, x, offset);

@@ -19,7 +19,6 @@
 template <class Value>
 __device__ __forceinline__ void embed(const i32* ids, i32 V, i32 D, float* x, Value value) {
     pdl_launch();
-    pdl_wait();
     const i32 id = ids[blockIdx.y];
     const bool known = id >= 0 && id < V;
     const i32 first = blockIdx.x * RCP_THREADS * RCP_STRIDES + threadIdx.x;

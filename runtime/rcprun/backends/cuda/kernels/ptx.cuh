@@ -185,6 +185,26 @@ __device__ __forceinline__ i32 load_now(const i32* address) {
     return v;
 }
 
+// Several floats, each of which is whole by itself; not all of them need be of the same time.
+__device__ __forceinline__ float2 load_now(const float2* address) {
+    float2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ float4 load_now(const float4* address) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_now(float2* address, float2 v) {
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_now(float4* address, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};"
+                 ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
 // 16 bytes from global to shared memory, later; a thread commits what it asked for as a group, and waits until all
 // groups but the latest LEFT have come.
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {

@@ -158,11 +158,23 @@ __device__ __forceinline__ float clamp_half(float x) {
 // Returns low (f16, lower half) and step (f16, upper half).
 template <typename Write>
 __device__ __forceinline__ u32 quantize_head(const float* x, float clip, Write write) {
+    struct alignas(4 * HALF_WORD) Floats {
+        float of[HALF_WORD];
+    };
+    constexpr int OWN = (HALF_WORDS + 31) / 32;
     const int lane = threadIdx.x & 31;
+    Floats own[OWN];
     float high = -__int_as_float(0x7f800000), minus_low = high;
-    for (int i = lane; i < HEAD_DIM; i += 32) {
-        high = max_or_nan(high, x[i]);
-        minus_low = max_or_nan(minus_low, -x[i]);
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+        const int index = lane + 32 * n;
+        if (index < HALF_WORDS) own[n] = reinterpret_cast<const Floats*>(x)[index];
+#pragma unroll
+        for (int s = 0; s < HALF_WORD; s++) {
+            if (index * HALF_WORD + s >= HEAD_DIM) continue;
+            high = max_or_nan(high, own[n].of[s]);
+            minus_low = max_or_nan(minus_low, -own[n].of[s]);
+        }
     }
     constexpr float TOP = (1 << BITS) - 1;
     high = clamp_half(clip * warp_max(high));
@@ -171,15 +183,16 @@ __device__ __forceinline__ u32 quantize_head(const float* x, float clip, Write w
     const float rounded = float_from_half(half_from_float(clamp_half(__fdiv_rn(high - low, TOP))));
     const float step = max_or_nan(rounded, 6.103515625e-05f);  // 2^-14
     const float inverse = __fdiv_rn(1.0f, step);
-    for (int index = lane; index < HALF_WORDS; index += 32) {
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+        const int index = lane + 32 * n;
         u32 codes = 0;
 #pragma unroll
         for (int s = 0; s < HALF_WORD; s++) {
-            const int i = index * HALF_WORD + s;
-            const float code = i < HEAD_DIM ? rintf((x[i] - low) * inverse) : 0.0f;
+            const float code = index * HALF_WORD + s < HEAD_DIM ? rintf((own[n].of[s] - low) * inverse) : 0.0f;
             codes |= (u32)fminf(fmaxf(code, 0.0f), TOP) << (BITS * s);
         }
-        write(index, (u16)codes);
+        if (index < HALF_WORDS) write(index, (u16)codes);
     }
     return low_half | (u32)half_from_float(step) << 16;
 }
