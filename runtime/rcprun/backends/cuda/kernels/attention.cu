@@ -12,7 +12,7 @@
 // Grid (teams * CLUSTER, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head,
 // teams (at most 128) the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have
 // two tiles, or with few_blocks than give every warp four. The grid knows no position: blocks beyond what the visible
-// tokens need leave at once. Blocks of a team add up through shared memory, teams through global memory: the last one to
+// tokens need leave at once. Blocks of a team send each other their sums, teams add up through global memory: the last one to
 // begin, which knows that all others run, waits until their sums are there, without a fence, and adds up all, in order.
 //
 // Where FUSED, the first tiles are fetched before the kernel before has ended: an earlier step wrote them, but for the
@@ -83,6 +83,7 @@ struct alignas(16) Part {
     float4 sum;
     float peak, total;
 };
+constexpr int PART_BYTES = 24;      // without what aligns it
 constexpr u32 EMPTY = 0xffffffffu;  // in a team's part: not there yet. Arithmetic gives no NaN but 0x7fffffff.
 
 // In shared memory, 32 bytes in 128 of a pair of values change places, so that lanes that read four pairs at a time read
@@ -183,7 +184,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     __shared__ uint2 new_scale;
     __shared__ float q_peak[COLUMNS], q_sum[COLUMNS];
     __shared__ float part_peak[WARPS][COLUMNS], part_total[WARPS][COLUMNS];
-    __shared__ __align__(8) float2 block_scale[COLUMNS];
     __shared__ bool is_last;
     Tile(*const ring)[STAGES] = reinterpret_cast<Tile(*)[STAGES]>(memory);
     auto part = [&](int of_warp) { return reinterpret_cast<float(*)[ROW]>(ring[of_warp]); };  // once its ring is done
@@ -241,6 +241,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         }
     };
     fill_ring(true);
+
+    const int slice = (columns * QUADS + blocks - 1) / blocks;  // of the sums, that this block adds up for its team
+    const int slice_begin = rank * slice, slice_end = min(columns * QUADS, slice_begin + slice);
+#if CLUSTER > 1
+    __shared__ Part inbox[COLUMNS * QUADS + CLUSTER];  // of that slice, from each block
+    __shared__ __align__(8) u64 inbox_barrier_word;
+    const u32 inbox_barrier = shared_address(&inbox_barrier_word);
+    if (blocks > 1) {
+        if (threadIdx.x == 0) {
+            barrier_init(inbox_barrier);
+            barrier_init_done();
+            barrier_expect(inbox_barrier, max(0, slice_end - slice_begin) * blocks * PART_BYTES);
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
+    auto send = [&](int index, const Part& p) {
+        const int block = index / slice;
+        const u32 to = shared_address(inbox + (rank * slice + index - block * slice));
+        store_to_block(block, to, inbox_barrier, p.sum);
+        store_to_block(block, to + (u32)sizeof(p.sum), inbox_barrier, float2{p.peak, p.total});
+    };
+#endif
 
     const i64 problem = (i64)row * gridDim.y + blockIdx.y;
     const int quads = min(group, COLUMNS) * QUADS;
@@ -374,6 +397,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         store_now(&to->sum, p.sum);
         store_now(reinterpret_cast<float2*>(&to->peak), float2{p.peak, p.total});
     };
+#if CLUSTER > 1
+    if (blocks > 1) cluster_wait();  // the inboxes of all are ready
+#endif
     for (int index = threadIdx.x; index < columns * QUADS; index += 32 * WARPS) {
         const int column = index / QUADS, channel = index % QUADS * 4;
         Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
@@ -382,42 +408,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
             add_part(p, *reinterpret_cast<const float4*>(&part(w)[column][channel]), part_peak[w][column], part_total[w][column]);
-        if (blocks == 1) {
-            write_team(index, p);
-        } else {
-            *reinterpret_cast<float4*>(&part(0)[column][channel]) = p.sum;
-            if (channel == 0) block_scale[column] = {p.peak, p.total};
-        }
+        if (blocks == 1) write_team(index, p);
+#if CLUSTER > 1
+        else send(index, p);
+#endif
     }
-    const int slice = (columns * QUADS + blocks - 1) / blocks;  // of the sums, that this block adds up
-    const int slice_begin = rank * slice, slice_end = min(columns * QUADS, slice_begin + slice);
 #if CLUSTER > 1
     if (blocks > 1) {
-        __syncwarp();
-        cluster_release();
-        cluster_wait();
         for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
-            const int column = index / QUADS;
-            const u32 sums = shared_address(&part(0)[column][index % QUADS * 4]), both = shared_address(block_scale + column);
-            float4 x[CLUSTER];
-            float2 peak_total[CLUSTER];
-#pragma unroll
-            for (int b = 0; b < CLUSTER; b++) {
-                const int block = min(b, blocks - 1);
-                peak_total[b] = load2_of_block(block, both);
-                x[b] = load4_of_block(block, sums);
-            }
+            barrier_wait(inbox_barrier, 0);
             Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
 #pragma unroll
-            for (int b = 0; b < CLUSTER; b++) p.peak = fmaxf(p.peak, peak_total[b].x);
-#pragma unroll
             for (int b = 0; b < CLUSTER; b++)
-                if (b < blocks) add_part(p, x[b], peak_total[b].x, peak_total[b].y);
+                if (b < blocks) p.peak = fmaxf(p.peak, inbox[b * slice + index - slice_begin].peak);
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++) {
+                if (b >= blocks) break;
+                const Part& sum = inbox[b * slice + index - slice_begin];
+                add_part(p, sum.sum, sum.peak, sum.total);
+            }
             write_team(index, p);
         }
-        __syncwarp();
-        cluster_release();
-        cluster_wait();  // the others have read what is here
     }
 #endif
     if (used_teams == 1 || !is_last) return;

@@ -261,34 +261,28 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
-// A word to where `to` is in another block of the cluster, counted by what `barrier` is there.
+// One, two or four words to where `to` is in a block of the cluster, counted by what `barrier` is there.
 __device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, u32 value) {
     asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
                  "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [bar]; }"
                  ::"r"(to), "r"(barrier), "r"(block), "r"(value) : "memory");
 }
-// The same of two words, which cluster_arrive_release and cluster_wait make visible there.
+__device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, float2 v) {
+    asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3,%4}, [bar]; }"
+                 ::"r"(to), "r"(barrier), "r"(block), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_to_block(u32 block, u32 to, u32 barrier, const float4& v) {
+    asm volatile("{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3,%4,%5,%6}, [bar]; }"
+                 ::"r"(to), "r"(barrier), "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+// Two words, without a barrier, which cluster_arrive_release and cluster_wait make visible there.
 __device__ __forceinline__ void store_to_block(u32 block, u32 to, u64 value) {
     asm volatile("{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1; st.shared::cluster.u64 [to], %2; }"
                  ::"r"(to), "r"(block), "l"(value) : "memory");
 }
 __device__ __forceinline__ void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-// The same, and what this block wrote to or read of shared memory came before.
-__device__ __forceinline__ void cluster_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// From where `address` is in another block of the cluster.
-__device__ __forceinline__ float4 load4_of_block(u32 block, u32 address) {
-    float4 v;
-    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %4, %5;"
-                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [from]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(block) : "memory");
-    return v;
-}
-__device__ __forceinline__ float2 load2_of_block(u32 block, u32 address) {
-    float2 v;
-    asm volatile("{ .reg .b32 from; mapa.shared::cluster.u32 from, %2, %3; ld.shared::cluster.v2.f32 {%0,%1}, [from]; }"
-                 : "=f"(v.x), "=f"(v.y) : "r"(address), "r"(block) : "memory");
-    return v;
-}
 #endif
