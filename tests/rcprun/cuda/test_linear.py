@@ -116,13 +116,29 @@ def test_quantize_and_add(k: int, bits: int) -> None:
     rng = np.random.default_rng(k)
     layer = random_layer(rng, 333, k, 128, bias=False)
     packed = pack(layer)
-    for m in (1, 5, 8):
-        x = (rng.normal(size=(m, k)) * rng.choice([1e-20, 1, 1e10], size=(m, 1))).astype(np.float32)
-        x[0] = 0 if m == 5 else x[0]
-        before = rng.normal(size=(m, 333)).astype(np.float32)
+    for magnitude in (0, 1e-35, 1e-20, 1, 1e10):
+        x = (rng.normal(size=(1, k)) * magnitude).astype(np.float32)
+        before = rng.normal(size=(1, 333)).astype(np.float32)
         out = cupy.asarray(before)
         linear(packed, cupy.asarray(x), out, prologue=QUANTIZE, epilogue=ADD, a_bits=bits, clip=np.float32(0.87))
         expected = before + reference(layer, *arithmetic.quantize_activations(x, np.float32(0.87), bits))
+        assert np.array_equal(out.get(), expected), f"magnitude {magnitude}: {worst(out.get(), expected)}"
+
+
+@pytest.mark.parametrize("k", [192, 4096, 173])
+def test_several_tokens_are_added(k: int) -> None:
+    import cupy
+
+    from rcprun.backends.cuda.linear import ADD, CODES, linear
+
+    rng = np.random.default_rng(k)
+    layer = random_layer(rng, 333, k, 128, bias=True)
+    for m in (3, 8):
+        codes, scale = rng.integers(-8, 8, (m, k), dtype=np.int8), rng.uniform(0.01, 0.1, (m, 1)).astype(np.float32)
+        before = rng.normal(size=(m, 333)).astype(np.float32)
+        out, device_scale = cupy.asarray(before), cupy.asarray(scale[:, 0])
+        linear(pack(layer), padded_codes(codes), out, prologue=CODES, epilogue=ADD, a_bits=4, x_scale=device_scale)
+        expected = before + reference(layer, codes, scale)
         assert np.array_equal(out.get(), expected), f"m {m}: {worst(out.get(), expected)}"
 
 
@@ -136,24 +152,29 @@ def test_normalize_and_swiglu(k: int) -> None:
     rng = np.random.default_rng(k)
     gate, up = (random_layer(rng, 1413, k, 128, bias) for bias in (True, False))
     packed = pack(gate, up, interleave=True)
-    for m in (1, 2, 8):
-        x = rng.integers(-9, 10, size=(m, k)).astype(np.float32)
-        out, again = poisoned((m, 1413)), poisoned((m, 1413))
-        for to in (out, again):
-            linear(
-                packed,
-                cupy.asarray(x),
-                to,
-                prologue=NORMALIZE,
-                epilogue=SWIGLU,
-                a_bits=4,
-                clip=np.float32(0.9),
-                eps=1e-5,
-            )
-        quantized = arithmetic.quantize_activations(arithmetic.rms_normalize(x, 1e-5), np.float32(0.9), 4)
-        expected = arithmetic.silu(reference(gate, *quantized)) * reference(up, *quantized)
-        assert np.array_equal(out.get(), again.get())
-        assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
+    x = rng.integers(-9, 10, size=(1, k)).astype(np.float32)
+    out, again = poisoned((1, 1413)), poisoned((1, 1413))
+    options = {"prologue": NORMALIZE, "epilogue": SWIGLU, "a_bits": 4, "clip": np.float32(0.9), "eps": 1e-5}
+    for to in (out, again):
+        linear(packed, cupy.asarray(x), to, **options)
+    quantized = arithmetic.quantize_activations(arithmetic.rms_normalize(x, 1e-5), np.float32(0.9), 4)
+    expected = arithmetic.silu(reference(gate, *quantized)) * reference(up, *quantized)
+    assert np.array_equal(out.get(), again.get())
+    assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
+
+
+def test_gate_and_up_of_several_tokens() -> None:
+    import cupy
+
+    from rcprun.backends.cuda.linear import CODES, SWIGLU, linear
+
+    rng = np.random.default_rng(3)
+    gate, up = (random_layer(rng, 1413, 192, 128, bias) for bias in (True, False))
+    codes, scale = rng.integers(-8, 8, (5, 192), dtype=np.int8), rng.uniform(0.01, 0.1, (5, 1)).astype(np.float32)
+    out, packed, device_scale = poisoned((5, 1413)), pack(gate, up, interleave=True), cupy.asarray(scale[:, 0])
+    linear(packed, padded_codes(codes), out, prologue=CODES, epilogue=SWIGLU, a_bits=4, x_scale=device_scale)
+    expected = arithmetic.silu(reference(gate, codes, scale)) * reference(up, codes, scale)
+    assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
 
 
 def test_groups_of_64_and_128_share_tiles() -> None:

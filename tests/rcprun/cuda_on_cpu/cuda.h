@@ -228,6 +228,7 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fsqrt_rn(float a) { return sqrtf(a); }
+static float __frcp_rn(float a) { return 1.0f / a; }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 static unsigned long long __double2ull_rn(double x) { return (unsigned long long)nearbyint(x); }

@@ -48,6 +48,10 @@ static int dot_low(u32 halves, u32 bytes, int sum) {
     return sum + (short)halves * (i8)bytes + (short)(halves >> 16) * (i8)(bytes >> 8);
 }
 static int dot_high(u32 halves, u32 bytes, int sum) { return dot_low(halves, bytes >> 16, sum); }
+static int dot(u32 counts, u32 bytes, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (u8)(counts >> i) * (i8)(bytes >> i);
+    return sum;
+}
 static u32 select_bits(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
 static u32 kept(u32 x) { return x; }
 static int add_bytes(u32 bytes, int sum) {

@@ -22,10 +22,12 @@ CODES, NORMALIZE, QUANTIZE = 0, 1, 2
 STORE, ADD, SWIGLU = 0, 1, 2
 
 _WARPS, _STAGE_UNITS = 16, 2
-_PLANE_BYTES, _ZEROS = 72, 32
-"""Of shared memory beside: for each unit where products go by bit planes, in all where they do not."""
-_SLOTS, _SLOTS_FOR_FEW = 4, 3
-"""Pieces of weights in shared memory (kernels/stream.cuh), for one token and for several."""
+_PLANE_BYTES = 272
+"""Of shared memory for the planes of a unit, where products go by them."""
+_MOST_SLOTS, _LEAST_SLOTS = 5, 2
+"""Pieces of weights in shared memory (kernels/stream.cuh)."""
+_HALF_SHARED = 112 * 1024
+"""Of shared memory, for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
 _FLIGHT = 2
 """Pieces asked for at a time."""
 
@@ -106,11 +108,13 @@ def linear(
 ) -> None:
     """out (m, n) float32 of x: codes int8 (m, padded(k)) with x_scale (m,) for CODES, else float32 (m, k).
 
-    NORMALIZE and QUANTIZE take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs interleaved weights.
+    NORMALIZE and QUANTIZE, of one token, take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs
+    interleaved weights.
     overlap: start while the kernel before still runs.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
     m = len(x)
+    assert m == 1 or prologue == CODES
     assert 1 <= m <= MAX_TOKENS and (epilogue == SWIGLU) == weights.interleaved
     if prologue == CODES:
         check(x, "x", np.int8, (m, weights.units * UNIT_COLUMNS))
@@ -119,9 +123,13 @@ def linear(
         check(x, "x", np.float32, (m, weights.k))
     check(out, "out", np.float32, (m, weights.n))
     tokens = 1 if m == 1 else MAX_TOKENS
-    slots = _SLOTS if m == 1 else _SLOTS_FOR_FEW
     planes = int(m == 1 and a_bits == 4 and weights.group == 128)
+    shared = spec.ceil_div(weights.tiles, weights.blocks) * TILE_ROWS * 4 * (tokens + 2)
+    shared += weights.units * _PLANE_BYTES if planes else tokens * (weights.units * UNIT_COLUMNS + 16)
+    piece = _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
+    slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, (_HALF_SHARED - shared) // piece))
     defines = {
+        "CHANNELS": weights.k,
         "GROUP": weights.group,
         "TOKENS": tokens,
         "A_BITS": a_bits,
@@ -130,12 +138,8 @@ def linear(
         "PLANES": planes,
         "SLOTS": slots,
         "FLIGHT": _FLIGHT,
-        "BLOCKS": 2 if m == 1 else 1,
+        "BLOCKS": 2,
     }
-    owned = spec.ceil_div(weights.tiles, weights.blocks)
-    ring = _WARPS * slots * _STAGE_UNITS * _unit_bytes(weights.group)
-    shared = ring + owned * TILE_ROWS * 4 * (tokens + 2)
-    shared += weights.units * _PLANE_BYTES if planes else _ZEROS + tokens * (weights.units * UNIT_COLUMNS + 16)
     kernel("linear", "linear", _defines(defines, hopper)).launch(
         weights.blocks,
         (_WARPS + (hopper and has_hopper())) * 32,
@@ -146,11 +150,11 @@ def linear(
             x,
             x_scale,
             out,
-            *map(np.int32, (m, weights.k, weights.n, weights.tiles, weights.units)),
+            *map(np.int32, (m, weights.n, weights.tiles)),
             np.float32(0 if clip is None else clip),
             np.float32(eps),
         ),
-        shared=shared,
+        shared=shared + slots * piece,
         overlap=overlap,
     )
 

@@ -22,11 +22,13 @@ def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: 
     return {**shape, "MT": mt, "NT": nt, "CODES": codes}
 
 
-def _linear(tokens: int, a_bits: int, group: int, prologue: int, epilogue: int, blocks: int) -> Definitions:
+def _linear(
+    channels: int, tokens: int, a_bits: int, group: int, prologue: int, epilogue: int, slots: int
+) -> Definitions:
     """Of linear.cu."""
     planes = int(tokens == 1 and a_bits == 4 and group == 128)
     form = {"GROUP": group, "TOKENS": tokens, "A_BITS": a_bits, "PROLOGUE": prologue, "EPILOGUE": epilogue}
-    return {**form, "PLANES": planes, "SLOTS": 4 if tokens == 1 else 3, "FLIGHT": 2, "BLOCKS": blocks}
+    return {**form, "CHANNELS": channels, "PLANES": planes, "SLOTS": slots, "FLIGHT": 2, "BLOCKS": 2}
 
 
 def _decode(
@@ -60,10 +62,12 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         _head(192, half=0, tiles=4, segment=1024, stages=2, bulk=0),
     ),
     "linear": (
-        _linear(tokens=1, a_bits=4, group=128, prologue=1, epilogue=0, blocks=2),
-        _linear(tokens=1, a_bits=4, group=128, prologue=2, epilogue=1, blocks=2),
-        _linear(tokens=1, a_bits=8, group=64, prologue=1, epilogue=2, blocks=2),
-        _linear(tokens=8, a_bits=4, group=128, prologue=0, epilogue=0, blocks=1),
+        _linear(4096, tokens=1, a_bits=4, group=128, prologue=1, epilogue=0, slots=5),
+        _linear(11008, tokens=1, a_bits=4, group=128, prologue=2, epilogue=1, slots=4),
+        _linear(11008, tokens=1, a_bits=4, group=128, prologue=0, epilogue=1, slots=4),
+        _linear(172, tokens=1, a_bits=8, group=64, prologue=1, epilogue=2, slots=5),
+        _linear(4096, tokens=8, a_bits=4, group=128, prologue=0, epilogue=2, slots=4),
+        _linear(11008, tokens=8, a_bits=8, group=64, prologue=0, epilogue=0, slots=2),
     ),
     "norm": (
         {"RCP_K": 4096, "RCP_THREADS": 512},

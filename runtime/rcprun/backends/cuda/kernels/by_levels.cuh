@@ -18,34 +18,27 @@ __device__ __forceinline__ void multiply(int (&sum)[4], u32 low, u32 high, uint2
 }
 
 struct Product {
-    u32 mine, step, at;  // this lane's codes: of the tile's first stage, from unit to unit, of the next stage
+    u32 mine, at;     // this lane's activations, and how far those of the next stage are from there
     u32 code, level;  // where the lane's codes and levels are in a unit
-    int tokens, even[4], odd[4];
+    int even[4], odd[4];
 
-    // code_MK: rows of `stride` bytes in shared memory. zeros: 32 bytes.
-    __device__ __forceinline__ void prepare(const i8* code_MK, int stride, int m, const u8* zeros) {
+    // code_MK: rows of CODE_STRIDE bytes in shared memory.
+    __device__ __forceinline__ void prepare(const i8* code_MK, int m) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        // Lanes of a token that is not there read zeros, again and again.
-        mine = g < m ? shared_address(code_MK) + g * stride + t * 32 : shared_address(zeros);
-        step = g < m ? 128 : 0;
-        tokens = m;
+        mine = kept(shared_address(code_MK) + min(g, m - 1) * CODE_STRIDE + t * 32);  // sums of no token go nowhere
         code = kept(lane * 16), level = kept(levels_of_lane(lane));
 #pragma unroll
         for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0;
     }
     // The next stage is this one of its tile.
-    __device__ __forceinline__ void seek(int stage) { at = mine + stage * STAGE_UNITS * step; }
+    __device__ __forceinline__ void seek(int stage) { at = stage * STAGE_UNITS * 128; }
 
     // Add two units, which lie in shared memory.
     __device__ __forceinline__ void add(u32 data) {
-        const u32 next = at + step;
-        const uint4 code0 = load4(data + code);
-        const uint2 level0 = load2(data + level);
-        const uint4 b0 = load4(at), b1 = load4(at + 16);
-        const uint4 code1 = load4(data + code + UNIT_BYTES);
-        const uint2 level1 = load2(data + level + UNIT_BYTES);
-        const uint4 b2 = load4(next), b3 = load4(next + 16);
-        at = next + step;
+        const uint4 code0 = load4(data + code), code1 = load4(data + code + UNIT_BYTES);
+        const uint2 level0 = load2(data + level), level1 = load2(data + level + UNIT_BYTES);
+        const uint4 b0 = load4(mine + at), b1 = load4(mine + at + 16), b2 = load4(mine + at + 128), b3 = load4(mine + at + 144);
+        at += STAGE_UNITS * 128;
         multiply(even, code0.x, code0.y, level0, b0.x, b0.y, b0.z, b0.w);
         multiply(odd, code1.x, code1.y, level1, b2.x, b2.y, b2.z, b2.w);
         multiply(even, code0.z, code0.w, level0, b1.x, b1.y, b1.z, b1.w);
@@ -57,7 +50,7 @@ struct Product {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int token = 2 * t + (i & 1);
-            if (token < tokens) atomicAdd(sums + (g + (i >> 1) * 8) * TOKENS + token, even[i] + odd[i]);
+            if (token < TOKENS) atomicAdd(sums + (g + (i >> 1) * 8) * TOKENS + token, even[i] + odd[i]);
             even[i] = odd[i] = 0;
         }
     }

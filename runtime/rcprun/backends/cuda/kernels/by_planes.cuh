@@ -1,13 +1,12 @@
-// Sums of one token with 4-bit activations, by bit planes: half the instructions of by_levels.cuh.
+// Sums of one token with 4-bit activations, by bit planes.
 //
 // Of a row and a group, let N_c be the sum of the activations whose code is c; the row's sum is then the sum of
-// level_c * N_c over c and the groups. With the activations in four planes (weights 1, 2, 4, -8), mma.m16n8k256 counts
-// the bits that a plane shares with the low bits of the codes, with their high bits, and with both: N_1, N_2 and N_3 follow,
-// N_0 is what is left of the sum of all. A product takes two units. Its columns 0-3 are the planes over the first, 4-7
-// over the second, each zero over the other; so a lane (t = lane % 4) ends up with two planes of unit t / 2: planes 0 and
-// 1 where t is even, 2 and 3 where it is odd, the latter counted as 1 and -2 until the end.
-// The order of columns is free as long as both operands agree: bit 2p of a word is code p of the first word of a row in
-// its unit (units.cuh), bit 2p + 1 is code p of the second.
+// level_c * N_c over c and the groups. With the activations in four planes (weights 1, 2, 4, -8), whose weights wait until the
+// end, N_c is how many bits of a plane are set where the code is c. mma.m16n8k256 counts such bits. Its A operand is
+// the words of weights as they lie (units.cuh: the codes' low bits are at even places, their high ones at odd places), or what
+// two neighbouring bits share; its column 2 j is plane j at even places, 2 j + 1 the same at odd ones. So lane t = lane % 4
+// gets, of its plane t, the counts of codes with the low bit, with the high bit, and with both; from these four counts in
+// the bytes of a word, times the four levels.
 #pragma once
 
 #include "planes_in.cuh"
@@ -17,55 +16,66 @@
 #error "by_planes.cuh: one token, 4-bit activations, groups of 128"
 #endif
 
-__device__ __forceinline__ u32 low_bits(u32 first, u32 second) { return select_bits(0x55555555u, first, second * 2); }
-__device__ __forceinline__ u32 high_bits(u32 first, u32 second) { return select_bits(0x55555555u, first >> 1, second); }
-
 struct Product {
-    u32 plane, total, at_plane, at_total, first_unit, second_unit, code, level;
-    int odd_weight, sum[2];
+    u32 plane, total, at_plane, at_total;
+    int sum[2];  // of the lane's plane, rows g and g + 8
+
+    u32 code, level;  // where the lane's codes and levels are in a stage
 
     // planes: as planes_in.cuh leaves them.
-    __device__ __forceinline__ void prepare(const u8* planes, int units) {
+    __device__ __forceinline__ void prepare(const u8* planes) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        plane = shared_address(planes) + (g >> 2) * 64 + t * 16 + (g & 3) * 4;
-        total = shared_address(planes + units * 64) + (t >> 1) * 8 + (t & 1) * 4;
-        first_unit = kept(g < 4), second_unit = kept(g >= 4);
-        code = kept(lane * 16), level = kept((t >> 1) * UNIT_BYTES + CODE_BYTES + g * 8);
-        odd_weight = (int)kept(t & 1 ? -2 : 2);
+        plane = kept(shared_address(planes) + t * 64 + g * 8);
+        total = kept(shared_address(planes + PLANE_BYTES) + t * 8);
+        code = kept(lane * 16), level = kept(CODE_BYTES + g * 8);
         sum[0] = sum[1] = 0;
     }
     // The next stage is this one of its tile.
-    __device__ __forceinline__ void seek(int stage) { at_plane = plane + stage * 128, at_total = total + stage * 16; }
+    __device__ __forceinline__ void seek(int stage) { at_plane = stage * STAGE_UNITS * 256, at_total = stage * 32; }
 
     // Add two units, which lie in shared memory.
     __device__ __forceinline__ void add(u32 data) {
         const uint4 code0 = load4(data + code), code1 = load4(data + code + UNIT_BYTES);
-        const uint2 levels = load2(data + level);
-        const u32 bits = load1(at_plane), b0 = bits * first_unit, b1 = bits * second_unit;
-        const int all = (int)load1(at_total);
-        at_plane += 128, at_total += 16;
-        const u32 l0 = low_bits(code0.x, code0.z), l1 = low_bits(code0.y, code0.w);
-        const u32 l2 = low_bits(code1.x, code1.z), l3 = low_bits(code1.y, code1.w);
-        const u32 h0 = high_bits(code0.x, code0.z), h1 = high_bits(code0.y, code0.w);
-        const u32 h2 = high_bits(code1.x, code1.z), h3 = high_bits(code1.y, code1.w);
-        // x, y: row g, even and odd plane; z, w: row g + 8.
-        const int4 low = mma_bits(l0, l1, l2, l3, b0, b1), high = mma_bits(h0, h1, h2, h3, b0, b1);
-        const int4 both = mma_bits(l0 & h0, l1 & h1, l2 & h2, l3 & h3, b0, b1);
-        add_row(sum[0], low.x + odd_weight * low.y, high.x + odd_weight * high.y, both.x + odd_weight * both.y, all, levels.x);
-        add_row(sum[1], low.z + odd_weight * low.w, high.z + odd_weight * high.w, both.z + odd_weight * both.w, all, levels.y);
+        const uint2 level0 = load2(data + level), level1 = load2(data + level + UNIT_BYTES);
+        const uint2 b0 = load2(plane + at_plane), b1 = load2(plane + at_plane + 256), totals = load2(total + at_total);
+        at_plane += STAGE_UNITS * 256, at_total += 32;
+#if VARIANT == 1
+        const int4 first = mma_bits(code0.x, code0.y, code0.z, code0.w, b0.x, b0.y);
+        const int4 second = mma_bits(code1.x, code1.y, code1.z, code1.w, b1.x, b1.y);
+        const u32 odd = threadIdx.x & 4;
+        const int4 both = mma_bits(share(code0.x, code1.x), share(code0.y, code1.y), share(code0.z, code1.z), share(code0.w, code1.w),
+                                   odd ? b1.x : b0.x, odd ? b1.y : b0.y);
+        sum[0] = dot(counts(first.x, first.y, both.x, totals.x), level0.x, sum[0]);
+        sum[1] = dot(counts(first.z, first.w, both.z, totals.x), level0.y, sum[1]);
+        sum[0] = dot(counts(second.x, second.y, both.y, totals.y), level1.x, sum[0]);
+        sum[1] = dot(counts(second.z, second.w, both.w, totals.y), level1.y, sum[1]);
+#else
+        add_unit(code0, level0, b0, totals.x);
+        add_unit(code1, level1, b1, totals.y);
+#endif
     }
-    // The sums of activations with the low bit set, with the high bit, with both, and of all.
-    static __device__ __forceinline__ void add_row(int& sum, int low, int high, int both, int total, u32 levels) {
-        const int n2 = high - both, n1 = low - both, n0 = total - low - n2;
-        sum = dot_low(__byte_perm(n0, n1, 0x5410), levels, sum);
-        sum = dot_high(__byte_perm(n2, both, 0x5410), levels, sum);
+    static __device__ __forceinline__ u32 share(u32 first, u32 second) {
+        const u32 mask = 0x55555555u;
+        return select_bits(mask, first, second) & select_bits(mask, first >> 1, second * 2);
+    }
+    // Column 2 j of b: plane j over the low bits of the codes a; 2 j + 1: over their high bits.
+    __device__ __forceinline__ void add_unit(uint4 a, uint2 level, uint2 b, u32 total) {
+        // x, y: row g, low and high bit; z, w: row g + 8.
+        const int4 one = mma_bits(a.x, a.y, a.z, a.w, b.x, b.y);
+        const int4 both = mma_bits(a.x & a.x >> 1, a.y & a.y >> 1, a.z & a.z >> 1, a.w & a.w >> 1, b.x, b.y);
+        sum[0] = dot(counts(one.x, one.y, both.x, total), level.x, sum[0]);
+        sum[1] = dot(counts(one.z, one.w, both.z, total), level.y, sum[1]);
+    }
+    // The counts of the codes 0 to 3, one a byte: total - low - high + both, low - both, high - both, both.
+    static __device__ __forceinline__ u32 counts(u32 low, u32 high, u32 both, u32 total) {
+        return both * (0x1000000u - 0x10000u - 0x100u + 1) + (high * (0x10000u - 1) + (low * (0x100u - 1) + total));
     }
     // Add what there is to the sums [16] of the tile, and begin anew.
     __device__ __forceinline__ void flush(int* sums) {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, weight = t == 3 ? -8 : 1 << t;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            int s = t & 1 ? 4 * sum[i] : sum[i];
+            int s = weight * sum[i];
             s += __shfl_xor_sync(FULL_MASK, s, 1);
             s += __shfl_xor_sync(FULL_MASK, s, 2);
             if (t == 0) atomicAdd(sums + g + 8 * i, s);

@@ -1,6 +1,6 @@
 // A 2-bit linear layer for 1 to 8 tokens (SPEC.md, "Linear"), with what comes before and after it.
 //
-//   unit_TU     u8  [tiles][units][UNIT_BYTES]   weights as repack.cu leaves them: 16 rows x 128 columns a unit
+//   unit_TU     u8  [tiles][UNITS][UNIT_BYTES]   weights as repack.cu leaves them: 16 rows x 128 columns a unit
 //   scale_R     f32 [tiles * 16]                 row scales, in the order of the tiles' rows; 0 in rows that are padding
 //   bias_R      f32 [tiles * 16] or null
 //   x           f32 [m][k], or i8 codes [m][units * 128] with zeros from k on (PROLOGUE 0)
@@ -8,8 +8,8 @@
 //   out         f32 [m][columns]                 columns: rows of the layer, or half of them (EPILOGUE 2)
 //   PROLOGUE 0: x is codes.  1: x is normalized (RMSNorm, eps) and quantized (clip, A_BITS).  2: x is quantized.
 //   EPILOGUE 0: out = y.  1: out += y.  2: of each tile, rows 0-7 are gate and rows 8-15 up: out = silu(gate) * up.
-//   Limits: 1 <= m <= TOKENS (1 or 8); units even; k <= units * 128; k a multiple of 4, else loads
-//   are slower; int32 sums, so k < 2^31 / 127^2.
+//   Limits: 1 <= m <= TOKENS (1 or 8); PROLOGUE 0 for 8 tokens; CHANNELS a multiple of 4, else loads are slower; int32 sums, so
+//   CHANNELS < 2^31 / 127^2.
 //
 // Every block owns whole tiles, all columns of them, so that sums never leave it. The tiles' units are one contiguous
 // stream, cut evenly among the warps (units.cuh), which begins to flow through shared memory (stream.cuh) before the block
@@ -18,6 +18,9 @@
 
 #ifndef TOKENS
 #error "TOKENS: 1 or 8"
+#endif
+#ifndef CHANNELS
+#error "CHANNELS: columns of the layer"
 #endif
 #ifndef A_BITS
 #error "A_BITS: 4 or 8"
@@ -48,18 +51,21 @@
 #define THREADS (WARPS * 32)
 #define RING_BYTES (SLOTS * PIECE_BYTES)
 
+constexpr int STAGES = UNITS / STAGE_UNITS;  // of a tile
+
 extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOCKS)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
-           int m, int k, int columns, int tiles, int units, float clip, float eps) {
+           int m, int columns, int tiles, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 barriers[2][SLOTS];
-    __shared__ float scratch[2 * WARPS], token_scales[TOKENS];
+    __shared__ __align__(16) float scratch[2 * WARPS];
+    __shared__ float token_scales[TOKENS];
     pdl_launch();
     const int warp = threadIdx.x >> 5;
     const Share share(blockIdx.x, gridDim.x, tiles);
-    const int first = share.first, owned = share.owned, stages = units / STAGE_UNITS;  // stages of a tile
-    const Part part(warp, owned * stages);
-    const u8* const from = unit_TU + (i64)first * stages * STAGE_BYTES;
+    const int first = share.first, owned = share.owned;
+    const Part part(warp, owned * STAGES);
+    const u8* const from = unit_TU + (i64)first * STAGES * STAGE_BYTES;
     Stream stream;
     stream.buffer = kept(shared_address(memory));
 #if RCP_HOPPER
@@ -96,30 +102,37 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOC
         const int token = TOKENS == 1 ? 0 : i / (owned * ROWS), local = i - token * owned * ROWS, column = first * ROWS + local;
         return Output{token, local / ROWS * 16 + local % ROWS, out + (i64)token * columns + column, column < columns};
     };
+    Product product;
+    int tile = (u32)part.first / STAGES, in_tile = STAGES - (part.first - tile * STAGES);
+#if PLANES
+    product.prepare(activations);
+#else
+    product.prepare((const i8*)activations, m);
+#endif
+    product.seek(STAGES - in_tile);
+#if REHEARSE
+#pragma unroll 1
+    for (int take = 0; take < 2; ++take) {
+        if (take) pdl_wait();
+#else
+    {
+        pdl_wait();
+#endif
+#if PLANES
+        planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);
+#else
+        codes_in(x, x_scale_M, m, clip, eps, (i8*)activations, token_scales, scratch);
+#endif
+#if REHEARSE
+        if (!take) sync_computing();
+#endif
+    }
     float before = 0.0f;  // what is in this thread's first output
-    auto read_before = [&] {
-        if (EPILOGUE != 1 || threadIdx.x >= outputs) return;
+    if (EPILOGUE == 1 && threadIdx.x < outputs) {
         const Output o = output(threadIdx.x);
         if (o.exists) before = __ldcg(o.to);
-    };
-    Product product;
-#if PLANES
-    pdl_wait();
-    read_before();
-    planes_in(x, x_scale_M, k, units, clip, eps, activations, token_scales, scratch);
-    product.prepare(activations, units);
-#else
-    const int padded = units * 128, stride = padded + 16;
-    if (threadIdx.x < 8) ((u32*)activations)[threadIdx.x] = 0;
-    i8* const code_MK = (i8*)(activations + 32);
-    pdl_wait();
-    read_before();
-    codes_in(x, x_scale_M, m, k, padded, clip, eps, code_MK, stride, token_scales, scratch);
-    product.prepare(code_MK, stride, m, activations);
-#endif
+    }
     sync_computing();
-    int tile = (u32)part.first / stages, in_tile = stages - (part.first - tile * stages);
-    product.seek(stages - in_tile);
 #pragma unroll 1
     for (int left = part.count; left > 0; --left) {
         product.add(stream.wait());
@@ -127,10 +140,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOC
         if (--in_tile == 0) {
             product.flush(sums + tile * 16 * TOKENS);
             product.seek(0);
-            in_tile = stages, ++tile;
+            in_tile = STAGES, ++tile;
         }
     }
-    if (in_tile != stages) product.flush(sums + tile * 16 * TOKENS);
+    if (in_tile != STAGES) product.flush(sums + tile * 16 * TOKENS);
     sync_computing();
 
     for (int i = threadIdx.x; i < outputs; i += THREADS) {

@@ -1,21 +1,13 @@
-// Float activations on their way into a linear layer: read once, measured, and what their codes need to know.
+// Float activations of one token on their way into a linear layer: measured, and what their codes need to know.
 #pragma once
 
-#include "common.cuh"
+#include "peak.cuh"
 
-// Four neighbouring columns of a row of k, zeros from k on.
-__device__ __forceinline__ float4 load_columns(const float* row, int i, int k) {
-    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
-    if ((k & 3) == 0) {
-        if (i < k) v = __ldcg((const float4*)(row + i));
-    } else {
-        if (i < k) v.x = __ldcg(row + i);
-        if (i + 1 < k) v.y = __ldcg(row + i + 1);
-        if (i + 2 < k) v.z = __ldcg(row + i + 2);
-        if (i + 3 < k) v.w = __ldcg(row + i + 3);
-    }
-    return v;
-}
+#ifndef CHANNELS
+#error "CHANNELS: columns of the layer"
+#endif
+
+#define UNITS ((CHANNELS + 255) / 256 * 2)  // of 128 columns, whole stages
 
 // The threads of a block but those that fetch weights.
 __device__ __forceinline__ void sync_computing() {
@@ -26,28 +18,57 @@ __device__ __forceinline__ void sync_computing() {
 #endif
 }
 
-// Sum of squares and largest magnitude of the columns that a thread has added; then of a token.
+// Four neighbouring columns of the token, zeros from CHANNELS on.
+__device__ __forceinline__ float4 load_columns(const float* row, int i) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (CHANNELS % 4 == 0) {
+        if (CHANNELS == UNITS * 128 || i < CHANNELS) v = __ldcg((const float4*)(row + i));
+    } else {
+        if (i < CHANNELS) v.x = __ldcg(row + i);
+        if (i + 1 < CHANNELS) v.y = __ldcg(row + i + 1);
+        if (i + 2 < CHANNELS) v.z = __ldcg(row + i + 2);
+        if (i + 3 < CHANNELS) v.w = __ldcg(row + i + 3);
+    }
+    return v;
+}
+
+// Sum of squares and largest magnitude of the columns that a thread has added; then of the token.
 struct Measured {
-    float sum = 0.0f, peak = 0.0f, norm;
+    float sum = 0.0f, norm = 1.0f;
+    u32 peak = 0;
+    TokenScale token;
 
     __device__ __forceinline__ void add(float4 v) {
         sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-        peak = max_or_nan(peak, max_or_nan(max_or_nan(fabsf(v.x), fabsf(v.y)), max_or_nan(fabsf(v.z), fabsf(v.w))));
+        peak = max(max(peak, max(magnitude(v.x), magnitude(v.y))), max(magnitude(v.z), magnitude(v.w)));
     }
-    // Of token `token`, which PER_TOKEN warps from token * PER_TOKEN on have added; sets norm too. Whole block. scratch: 2 * WARPS.
-    __device__ __forceinline__ TokenScale scale(float* scratch, int token, int per_token, int k, float clip, float eps) {
+    // Sets norm and token, from what the threads of all WARPS warps have added. scratch: 2 * WARPS floats, aligned to 16 bytes.
+    __device__ __forceinline__ void finish(float* scratch, float clip, float eps) {
         const int warp = threadIdx.x >> 5;
-        sum = warp_sum(sum), peak = warp_max(peak);
-        if ((threadIdx.x & 31) == 0) scratch[warp] = sum, scratch[WARPS + warp] = peak;
+        if (PROLOGUE == 1) sum = warp_sum(sum);
+        peak = __reduce_max_sync(FULL_MASK, peak);
+        if ((threadIdx.x & 31) == 0) scratch[warp] = sum, scratch[WARPS + warp] = __uint_as_float(peak);
         sync_computing();
-        sum = 0.0f, peak = 0.0f;
+        const float4* const of_warps = (const float4*)scratch;
+        float sums[WARPS / 4];
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            if (i >= per_token) break;
-            sum += scratch[token * per_token + i];
-            peak = max_or_nan(peak, scratch[WARPS + token * per_token + i]);
+        for (int i = 0; i < WARPS / 4; ++i) {
+            const float4 s = of_warps[i], p = of_warps[WARPS / 4 + i];
+            sums[i] = (s.x + s.y) + (s.z + s.w);
+            peak = max(max(peak, max(magnitude(p.x), magnitude(p.y))), max(magnitude(p.z), magnitude(p.w)));
         }
-        norm = PROLOGUE == 1 ? __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)k) + eps)) : 1.0f;
-        return token_scale(__fmul_rn(peak, norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
+        sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        if (PROLOGUE == 1) norm = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)CHANNELS), eps)));
+        token = token_scale(__fmul_rn(__uint_as_float(peak), norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
+    }
+    // The code of a column in the lowest bits of a word, others are set too; see Coder in hadamard.cu for why it is right.
+    __device__ __forceinline__ u32 code(float x) const {
+        constexpr float LARGEST = (1 << (A_BITS - 1)) - 1;
+        const float scaled = __fmul_rn(PROLOGUE == 1 ? __fmul_rn(x, norm) : x, token.inverse);
+        return __float_as_uint(fminf(fmaxf(scaled, -LARGEST - 1.0f), LARGEST) + 12582912.0f);
+    }
+    // Of four neighbours, as bytes.
+    __device__ __forceinline__ u32 four_codes(float4 v) const {
+        return __byte_perm(__byte_perm(code(v.x), code(v.y), 0x0040), __byte_perm(code(v.z), code(v.w), 0x0040), 0x5410);
     }
 };

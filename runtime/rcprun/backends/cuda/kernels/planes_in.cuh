@@ -32,65 +32,77 @@ __device__ __forceinline__ u32 nibbles(u32 bytes) {
     const u32 low = bytes & 0x0f0f0f0fu;
     return low | (low >> 4);
 }
+// A plane of a chunk as by_planes.cuh wants it: the codes of the first words of weights at even bits, those of the second
+// ones; both again at odd bits.
+__device__ __forceinline__ uint4 spread(u32 plane) {
+    const u32 first = plane & 0x55555555u, second = (plane >> 1) & 0x55555555u;
+    return {first, second, first * 2, second * 2};
+}
 
-// Planes u32 [units][4 chunks][4] to `planes` and, after them, the sums of the units' codes i32 [units][2] (the second
-// is 0); the token's scale. Whole block, which needs a barrier after it.
-__device__ __forceinline__ void planes_in(const void* x, const float* x_scale_M, int k, int units, float clip, float eps,
-                                          u8* planes, float* scale_M, float* scratch) {
-    int2* const sum_U = (int2*)(planes + units * 64);
+#define PLANE_BYTES (UNITS * 256)  // of planes, uint4 [UNITS][4 chunks][4]
+#define TOTAL_BYTES (UNITS * 16)   // of how many of their bits are set, u32 [UNITS / 2][4][2 units]
+
+// Planes and totals of the token to `planes`, and its scale; by all that compute, who need a barrier after it.
+__device__ __forceinline__ void planes_in(const void* x, const float* x_scale_M, float clip, float eps, u8* planes,
+                                          float* scale_M, float* scratch) {
+    uint4* const plane_UC4 = (uint4*)planes;
+    u32* const total = (u32*)(planes + PLANE_BYTES);
+    auto place = [](int unit, int plane) { return ((unit >> 1) * 4 + plane) * 2 + (unit & 1); };
+    constexpr int THREADS_IN = WARPS * 32;
 #if PROLOGUE == 0
-    const int chunks = units * 4;
-    const uint4* const from = (const uint4*)x;
-    for (int chunk = threadIdx.x; chunk < ((chunks + 31) & ~31); chunk += WARPS * 32) {
-        uint4 a = {0, 0, 0, 0}, b = a;
-        if (chunk < chunks) a = __ldcg(from + chunk * 2), b = __ldcg(from + chunk * 2 + 1);
+    constexpr int CHUNKS = UNITS * 4;
+#pragma unroll
+    for (int first = 0; first < CHUNKS; first += THREADS_IN) {
+        const int chunk = first + threadIdx.x;
+        if (first + (threadIdx.x & ~31) >= CHUNKS) break;
+        const bool there = CHUNKS % 32 == 0 || chunk < CHUNKS;
+        const uint4* const from = (const uint4*)x + (there ? chunk : 0) * 2;
+        const uint4 a = __ldcg(from), b = __ldcg(from + 1);
         u32 part[4] = {__byte_perm(nibbles(a.x), nibbles(a.z), 0x6420), __byte_perm(nibbles(b.x), nibbles(b.z), 0x6420),
                        __byte_perm(nibbles(a.y), nibbles(a.w), 0x6420), __byte_perm(nibbles(b.y), nibbles(b.w), 0x6420)};
-        int sum = add_bytes(a.x, add_bytes(a.y, add_bytes(a.z, add_bytes(a.w, 0))));
-        sum = add_bytes(b.x, add_bytes(b.y, add_bytes(b.z, add_bytes(b.w, sum))));
-        sum += __shfl_xor_sync(FULL_MASK, sum, 1);
-        sum += __shfl_xor_sync(FULL_MASK, sum, 2);
         transpose_bits(part);
-        if (chunk < chunks) {
-            *(uint4*)(planes + chunk * 16) = make_uint4(part[0], part[1], part[2], part[3]);
-            if ((chunk & 3) == 0) sum_U[chunk >> 2] = make_int2(sum, 0);
-        }
+        u32 counts = __popc(part[0]) | __popc(part[1]) << 8 | __popc(part[2]) << 16 | __popc(part[3]) << 24;
+        counts += __shfl_xor_sync(FULL_MASK, counts, 1);
+        counts += __shfl_xor_sync(FULL_MASK, counts, 2);
+        if (!there) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) plane_UC4[chunk * 4 + j] = spread(part[j]);
+        total[place(chunk >> 2, chunk & 3)] = counts >> 8 * (chunk & 3) & 255;
     }
     if (threadIdx.x == 0) scale_M[0] = __ldcg(x_scale_M);
 #else
-    // A thread takes a part of a chunk at a time, and keeps the first HELD in registers: they are read once.
-    constexpr int HELD = 2, STEP = WARPS * 32;
-    const int r = threadIdx.x & 3, offset = 16 * (r & 1) + 4 * (r >> 1), parts = units * 16;
+    // A thread takes a part of a chunk at a time, and keeps the first HELD in registers.
+    constexpr int PARTS = UNITS * 16, TURNS = (PARTS + THREADS_IN - 1) / THREADS_IN, HELD = TURNS < 3 ? TURNS : 3;
     const float* const row = (const float*)x;
-    auto column = [&](int part) { return (part >> 2) * 32 + offset; };
+    const int r = threadIdx.x & 3, offset = 16 * (r & 1) + 4 * (r >> 1);
+    auto there = [&](int turn) { return PARTS % THREADS_IN == 0 || turn * THREADS_IN + (threadIdx.x & ~31) < PARTS; };  // whole warps
+    auto column = [&](int turn) { return ((turn * THREADS_IN + threadIdx.x) >> 2) * 32 + offset; };
     Measured measured;
     float4 held[HELD][2];
 #pragma unroll
     for (int j = 0; j < HELD; ++j)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) held[j][half] = load_columns(row, column(threadIdx.x + j * STEP) + 8 * half, k);
+        for (int half = 0; half < 2; ++half) held[j][half] = load_columns(row, there(j) ? column(j) + 8 * half : CHANNELS);
 #pragma unroll
     for (int j = 0; j < HELD; ++j) measured.add(held[j][0]), measured.add(held[j][1]);
-    for (int part = threadIdx.x + HELD * STEP; part < parts; part += STEP)
-        measured.add(load_columns(row, column(part), k)), measured.add(load_columns(row, column(part) + 8, k));
-    const TokenScale t = measured.scale(scratch, 0, WARPS, k, clip, eps);
-    if (threadIdx.x == 0) scale_M[0] = t.scale;
-    auto code = [&](float v) { return (int)token_code(__fmul_rn(v, measured.norm), t, A_BITS); };
-    auto store = [&](int part, float4 first, float4 second) {  // whole warps: parts is a multiple of 32
-        const int c0 = code(first.x), c1 = code(first.y), c2 = code(first.z), c3 = code(first.w);
-        const int c4 = code(second.x), c5 = code(second.y), c6 = code(second.z), c7 = code(second.w);
-        const u32 low = (c0 & 15) | (c1 & 15) << 4 | (c2 & 15) << 8 | (c3 & 15) << 12;
-        const u32 word = transpose_bits(low | (u32)((c4 & 15) | (c5 & 15) << 4 | (c6 & 15) << 8 | (c7 & 15) << 12) << 16);
-        int sum = ((c0 + c1) + (c2 + c3)) + ((c4 + c5) + (c6 + c7));
-#pragma unroll
-        for (int lanes = 1; lanes < 16; lanes *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, lanes);
-        ((u32*)planes)[part] = word;
-        if ((part & 15) == 0) sum_U[part >> 4] = make_int2(sum, 0);
+    for (int j = HELD; j < TURNS; ++j)
+        for (int half = 0; half < 2; ++half) measured.add(load_columns(row, there(j) ? column(j) + 8 * half : CHANNELS));
+    measured.finish(scratch, clip, eps);
+    if (threadIdx.x == 0) scale_M[0] = measured.token.scale;
+    auto store = [&](int turn, float4 first, float4 second) {
+        const int part = turn * THREADS_IN + threadIdx.x;
+        const u32 low = nibbles(measured.four_codes(first)), high = nibbles(measured.four_codes(second));
+        const u32 plane = transpose_bits(__byte_perm(low, high, 0x6420));
+        u32 count = __popc(plane);
+        count += __shfl_xor_sync(FULL_MASK, count, 4);
+        count += __shfl_xor_sync(FULL_MASK, count, 8);
+        plane_UC4[part] = spread(plane);
+        if ((part & 12) == 0) total[place(part >> 4, part & 3)] = count;
     };
 #pragma unroll
     for (int j = 0; j < HELD; ++j)
-        if (threadIdx.x + j * STEP < parts) store(threadIdx.x + j * STEP, held[j][0], held[j][1]);
-    for (int part = threadIdx.x + HELD * STEP; part < parts; part += STEP)
-        store(part, load_columns(row, column(part), k), load_columns(row, column(part) + 8, k));
+        if (there(j)) store(j, held[j][0], held[j][1]);
+    for (int j = HELD; j < TURNS; ++j)
+        if (there(j)) store(j, load_columns(row, column(j)), load_columns(row, column(j) + 8));
 #endif
 }

@@ -98,6 +98,11 @@ __device__ __forceinline__ int dot_high(u32 halves, u32 bytes, int sum) {
     asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
     return sum;
 }
+// sum + the four uint8 of `counts` times the four int8 of `bytes`.
+__device__ __forceinline__ int dot(u32 counts, u32 bytes, int sum) {
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(counts), "r"(bytes));
+    return sum;
+}
 // sum + the four int8 of `bytes`.
 __device__ __forceinline__ int add_bytes(u32 bytes, int sum) {
     asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(0x01010101));
