@@ -33,7 +33,7 @@ _EMPTY = 2**32 - 1
 _EARLY_BYTES = 24 * 1024
 """Of the cache, that a block asks for while the kernel before still runs: enough to keep memory busy; more would only
 delay what that kernel reads."""
-_OTHER_SHARED = 32 * 1024
+_OTHER_SHARED = 48 * 1024
 """Bytes of shared memory that decoding needs at most besides the ring of tiles."""
 
 
@@ -119,7 +119,7 @@ class Decode:
         defines += (("WARPS", warps), ("STAGES", stages), ("EARLY", _EARLY_BYTES // tile_bytes), ("CLUSTER", cluster))
         defines += () if self._hopper else ((NO_HOPPER, 1),)
         kernel("attention", "decode_attention", defines).launch(
-            (teams * cluster, groups, count),
+            (cluster, groups, teams * count),
             32 * warps,
             (
                 x_MC,
@@ -134,6 +134,7 @@ class Decode:
                 self._arrived,
                 *_sizes(cache, self._heads // cache.kv_heads, window),
                 np.int32(few_blocks),
+                np.int32(teams),
                 _score_scale(cache),
                 *scalars,
             ),

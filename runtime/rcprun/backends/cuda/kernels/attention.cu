@@ -5,14 +5,14 @@
 //                   rows of one slot. Otherwise [M][H * D], the queries; all of the cache is there already.
 //   q_gain, k_gain, cosine, sine, paley, eps, norm, key_clip, value_clip   as in rope.cu where FUSED, unused otherwise
 //   position, slot  i32 [M]
-//   partial         Part [M][G * chunks][teams][min(R, COLUMNS) * P / 4]; all bits set before and after
+//   partial         Part [teams][M][G * chunks][min(R, COLUMNS) * P / 4]; all bits set before and after
 //   arrived         u32 [M][G * chunks][CLUSTER]; zeros before, zeros after
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
-// Grid (teams * CLUSTER, G * chunks, M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head,
-// teams (at most 128) the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have
-// two tiles, or with few_blocks than give every warp four. The grid knows no position: blocks beyond what the visible
-// tokens need leave at once. Blocks of a team send each other their sums, teams add up through global memory: the last one to
+// Grid (CLUSTER, G * chunks, teams * M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head, teams
+// the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have two tiles, or with
+// few_blocks than give every warp four. The grid knows no position: blocks beyond what the visible tokens need leave at
+// once; teams that few tokens do without begin last, where they keep no other from beginning early. Blocks of a team send each other their sums, teams add up through global memory: the last one to
 // begin, which knows that all others run, waits until their sums are there, without a fence, and adds up all, in order.
 //
 // Where FUSED, the first tiles are fetched before the kernel before has ended: an earlier step wrote them, but for the
@@ -151,7 +151,7 @@ __device__ __forceinline__ void take_parts(Part (&of)[TEAMS_AT_ONCE], Part* from
     for (bool all = false; !all;) {
 #pragma unroll
         for (int t = 0; t < TEAMS_AT_ONCE; t++) {
-            const Part& part = from[min(t, count - 1) * stride];
+            const Part& part = from[(i64)min(t, count - 1) * stride];
             of[t].sum = load_now(&part.sum);
             const float2 scale = load_now(reinterpret_cast<const float2*>(&part.peak));
             of[t].peak = scale.x, of[t].total = scale.y;
@@ -166,8 +166,8 @@ __device__ __forceinline__ void take_parts(Part (&of)[TEAMS_AT_ONCE], Part* from
     }
     const float empty = __uint_as_float(EMPTY);
     for (int t = 0; t < count; t++) {
-        store_now(&from[t * stride].sum, float4{empty, empty, empty, empty});
-        store_now(reinterpret_cast<float2*>(&from[t * stride].peak), float2{empty, empty});
+        store_now(&from[(i64)t * stride].sum, float4{empty, empty, empty, empty});
+        store_now(reinterpret_cast<float2*>(&from[(i64)t * stride].peak), float2{empty, empty});
     }
 }
 
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     decode_attention(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
                      const i8* paley, u32* keys, u32* values, uint2* scales, const i32* position, const i32* slot,
                      float* out, Part* partial, u32* arrived, int group, int kv_heads, int capacity, int window,
-                     int few_blocks, float scale, float eps, float norm, float key_clip, float value_clip) {
+                     int few_blocks, int teams, float scale, float eps, float norm, float key_clip, float value_clip) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) float vectors[JOBS][PADDED];
     __shared__ __align__(16) float scratch[WARPS][SCRATCH > 0 ? SCRATCH : 1];
@@ -191,15 +191,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     pdl_launch();
 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
-    const int row = blockIdx.z, heads = group * kv_heads, chunks = (group + COLUMNS - 1) / COLUMNS;
+    const int rows = gridDim.z / teams, team = blockIdx.z / rows, row = blockIdx.z - team * rows, rank = blockIdx.x;
+    const int heads = group * kv_heads, chunks = (group + COLUMNS - 1) / COLUMNS;
     const int kv_head = chunks == 1 ? blockIdx.y : blockIdx.y / chunks, first_column = (blockIdx.y - kv_head * chunks) * COLUMNS;
     const int columns = min(COLUMNS, group - first_column);
-    const int teams = gridDim.x / CLUSTER, team = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-    const i64 first_head = (i64)row * (FUSED ? heads + 2 * kv_heads : heads);
-    auto source = [&](int job) {  // of a query, of the key, of the value
+    const int first_head = row * (FUSED ? heads + 2 * kv_heads : heads);
+    auto source = [&](int job) {  // of a query, of the key, of the value: where in qkv
         const int head = job < COLUMNS ? kv_head * group + first_column + job : heads + (job - COLUMNS) * kv_heads + kv_head;
-        return qkv + (first_head + head) * HEAD_DIM;
+        return (u32)(first_head + head) * HEAD_DIM;
     };
+    const u32 my_source = kept(source(warp));  // now, not when the wait is over
     if (!FUSED) pdl_wait();
     const int query_position = load_now(position + row), my_slot = load_now(slot + row);
     Head head;
@@ -240,8 +241,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
             commit_copies();
         }
     };
-    fill_ring(true);
-
     const int slice = (columns * QUADS + blocks - 1) / blocks;  // of the sums, that this block adds up for its team
     const int slice_begin = rank * slice, slice_end = min(columns * QUADS, slice_begin + slice);
 #if CLUSTER > 1
@@ -266,11 +265,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
 #endif
 
     const i64 problem = (i64)row * gridDim.y + blockIdx.y;
-    const int quads = min(group, COLUMNS) * QUADS;
-    Part* const partial_of_teams = partial + problem * teams * quads;
+    const int quads = min(group, COLUMNS) * QUADS, team_stride = rows * gridDim.y * quads;
+    Part* const partial_of_teams = partial + problem * quads;
+    fill_ring(true);
+#if CLUSTER > 1
+    if (blocks > 1) cluster_wait();  // the inboxes of all are ready
+#endif
     if (FUSED) pdl_wait();
     // Asked for before what is left of the ring: loads come back in order.
-    if (warp < columns || (has_new && COLUMNS <= warp && warp < JOBS)) head.load(source(warp));
+    if (warp < columns || (has_new && COLUMNS <= warp && warp < JOBS)) head.load(qkv + my_source);
     fill_ring(false);
     if (used_teams > 1 && threadIdx.x == 32 * WARPS - 1)
         is_last = atomicInc(arrived + problem * CLUSTER + rank, used_teams - 1) == used_teams - 1;
@@ -284,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
         }
         if (!is_query && !has_new) continue;
         if (job != warp) {
-            head.load(source(job));
+            head.load(qkv + source(job));
             if (FUSED) head.load_angles<true>(cosine, sine, query_position);
         }
         if (FUSED && !is_value) {
@@ -393,13 +396,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     };
     auto write_team = [&](int index, const Part& p) {
         if (used_teams == 1) return write_out(index, p);
-        Part* const to = partial_of_teams + team * quads + index;
+        Part* const to = partial_of_teams + (i64)team * team_stride + index;
         store_now(&to->sum, p.sum);
         store_now(reinterpret_cast<float2*>(&to->peak), float2{p.peak, p.total});
     };
-#if CLUSTER > 1
-    if (blocks > 1) cluster_wait();  // the inboxes of all are ready
-#endif
     for (int index = threadIdx.x; index < columns * QUADS; index += 32 * WARPS) {
         const int column = index / QUADS, channel = index % QUADS * 4;
         Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
@@ -436,9 +436,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     for (int index = slice_begin + threadIdx.x; index < slice_end; index += 32 * WARPS) {
         Part p = {{0.0f, 0.0f, 0.0f, 0.0f}, NEVER, 0.0f};
         for (int first_of_some = 0; first_of_some < used_teams; first_of_some += TEAMS_AT_ONCE) {
-            Part* const some = partial_of_teams + first_of_some * quads + index;
+            Part* const some = partial_of_teams + (i64)first_of_some * team_stride + index;
             Part of[TEAMS_AT_ONCE];
-            take_parts(of, some, quads, min(TEAMS_AT_ONCE, used_teams - first_of_some));
+            take_parts(of, some, team_stride, min(TEAMS_AT_ONCE, used_teams - first_of_some));
 #pragma unroll
             for (int t = 0; t < TEAMS_AT_ONCE; t++) {
                 if (first_of_some + t >= used_teams) break;
