@@ -23,9 +23,6 @@ _COLUMNS = 4
 _MAX_TEAMS = 128
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _MAX_CLUSTER = 4
-_FEWEST_BLOCKS = 4, 2
-"""Of a row and group of heads, also where there are blocks enough: sequences differ in length. Without and with
-clusters."""
 _PART_BYTES = 32
 """Of four channels of a team: attention.cu's Part."""
 _EMPTY = 2**32 - 1
@@ -114,7 +111,6 @@ class Decode:
         groups = _head_groups(cache, self._heads)
         cluster, teams = _blocks(cache, groups * count, self._clusters)
         warps, stages, tile_bytes = _ring(cache)
-        few_blocks = groups * count > multiprocessors()
         defines += (("HEAD_DIM", cache.head_dim), ("BITS", cache.bits))
         defines += (("WARPS", warps), ("STAGES", stages), ("EARLY", _EARLY_BYTES // tile_bytes), ("CLUSTER", cluster))
         defines += () if self._hopper else ((NO_HOPPER, 1),)
@@ -133,7 +129,6 @@ class Decode:
                 self._partial,
                 self._arrived,
                 *_sizes(cache, self._heads // cache.kv_heads, window),
-                np.int32(few_blocks),
                 np.int32(teams),
                 _score_scale(cache),
                 *scalars,
@@ -183,12 +178,11 @@ def _has_clusters() -> bool:
 
 def _blocks(cache: KVCache, groups: int, clusters: bool) -> tuple[int, int]:
     """Blocks to a cluster, and clusters, that share the tokens of a row and group of heads: as many as run at once, and
-    the context can use."""
+    the context can use. More would only begin late, also where they find nothing to do."""
     at_once = _BLOCKS_PER_MULTIPROCESSOR * multiprocessors() // groups
-    fewest = _FEWEST_BLOCKS[clusters]
-    cluster = min(_MAX_CLUSTER, max(fewest, 1 << max(1, at_once).bit_length() - 1)) if clusters else 1
+    cluster = min(_MAX_CLUSTER, 1 << max(1, at_once).bit_length() - 1) if clusters else 1
     useful = ceil_div(cache.capacity, 256 * cluster)
-    return cluster, min(_MAX_TEAMS, useful, max(1, fewest // cluster, at_once // cluster))
+    return cluster, min(_MAX_TEAMS, useful, max(1, at_once // cluster))
 
 
 def _ring(cache: KVCache) -> tuple[int, int, int]:

@@ -10,10 +10,11 @@
 // window: visible tokens, the query's own among them. scale: log2(e) / sqrt(D).
 //
 // Grid (CLUSTER, G * chunks, teams * M), 32 * WARPS threads; chunks = ceil(R / COLUMNS) share the heads of a KV head, teams
-// the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have two tiles, or with
-// few_blocks than give every warp four. The grid knows no position: blocks beyond what the visible tokens need leave at
-// once; teams that few tokens do without begin last, where they keep no other from beginning early. Blocks of a team send each other their sums, teams add up through global memory: the last one to
-// begin, which knows that all others run, waits until their sums are there, without a fence, and adds up all, in order.
+// the tokens. A team is a cluster of blocks, of which no more are used than it takes for no warp to have two tiles. The
+// grid knows no position: blocks beyond what the visible tokens need leave at once; teams that few tokens do without come
+// last, where they keep no other from beginning early. Blocks of a team send each other their sums, teams add up through
+// global memory: the last one to begin, which knows that all others run, waits until their sums are there, without a
+// fence, and adds up all, in order.
 //
 // Where FUSED, the first tiles are fetched before the kernel before has ended: an earlier step wrote them, but for the
 // new token. The same holds for position and slot: they are no kernel's of this step.
@@ -175,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     decode_attention(const float* qkv, const float* q_gain, const float* k_gain, const float* cosine, const float* sine,
                      const i8* paley, u32* keys, u32* values, uint2* scales, const i32* position, const i32* slot,
                      float* out, Part* partial, u32* arrived, int group, int kv_heads, int capacity, int window,
-                     int few_blocks, int teams, float scale, float eps, float norm, float key_clip, float value_clip) {
+                     int teams, float scale, float eps, float norm, float key_clip, float value_clip) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) float vectors[JOBS][PADDED];
     __shared__ __align__(16) float scratch[WARPS][SCRATCH > 0 ? SCRATCH : 1];
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
     const int used_teams = tiles <= ENOUGH * TEAM_WARPS ? 1 : min(teams, (tiles + TEAM_WARPS - 1) / TEAM_WARPS);
     const int begin = used_teams == 1 ? 0 : tiles * team / used_teams;
     const int end = used_teams == 1 ? tiles : tiles * (team + 1) / used_teams;
-    const int wanted = used_teams > 1 ? CLUSTER : few_blocks ? tiles / (4 * WARPS) : 2 * ((tiles + WARPS - 1) / WARPS) - 1;
+    const int wanted = used_teams > 1 ? CLUSTER : 2 * ((tiles + WARPS - 1) / WARPS) - 1;
     int blocks = 1;  // a power of two
 #pragma unroll
     for (int b = 2; b <= CLUSTER; b *= 2)
