@@ -109,13 +109,21 @@ class Network:
         qkv, q, attended, z = (few.floats(name, count) for name in ("qkv", "q", "attended", "z"))
 
         def product(
-            name: str, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
+            name: str,
+            weights: linear.UnitLinear,
+            x: Any,
+            out: Any,
+            clip: np.float32,
+            prologue: int,
+            epilogue: int,
+            later: linear.UnitLinear | None = None,
         ) -> Operation:
-            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, name in _OVERLAPPING)
+            overlap = name in _OVERLAPPING
+            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, later, overlap)
             return Operation(name, launch, weights.nbytes)
 
         clip, gain = layer.act_clip, layer.qk_gain
-        yield product("qkv", layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE)
+        yield product("qkv", layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE, layer.o)
         places = position_M, slot_M, index, layer.window, attended
         if apart:
             fused = partial(self._attend.fused, qkv, *places, self._rope, layer.kv_clip, gain)
@@ -125,7 +133,7 @@ class Network:
             yield Operation("rope", rope)
             yield Operation("attention", partial(self._attend, q, *places))
         yield product("o", layer.o, attended, x_MD, clip[1], linear.QUANTIZE, linear.ADD)
-        yield product("gate_up", layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU)
+        yield product("gate_up", layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU, layer.down)
         yield Operation("R4", partial(self._rotate_mlp, z, layer, few))
         codes, scale = few.codes(z.shape[1], count)
         down = partial(
@@ -137,7 +145,7 @@ class Network:
             epilogue=linear.ADD,
             a_bits=self._quantization.a_bits,
             x_scale=scale,
-            overlap=count > 1,
+            overlap=count > 1 or "down" in _OVERLAPPING,
         )
         yield Operation("down", down, layer.down.nbytes)
 
@@ -149,6 +157,7 @@ class Network:
         clip: np.float32,
         prologue: int,
         epilogue: int,
+        later: linear.UnitLinear | None,
         overlap: bool,
     ) -> None:
         """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
@@ -163,6 +172,7 @@ class Network:
                 a_bits=bits,
                 clip=clip,
                 eps=float(eps),
+                later=later,
                 overlap=overlap,
             )
             return
@@ -179,6 +189,7 @@ class Network:
             epilogue=epilogue,
             a_bits=bits,
             x_scale=scale,
+            later=later,
             overlap=True,
         )
 

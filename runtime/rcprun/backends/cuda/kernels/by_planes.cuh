@@ -39,24 +39,8 @@ struct Product {
         const uint2 level0 = load2(data + level), level1 = load2(data + level + UNIT_BYTES);
         const uint2 b0 = load2(plane + at_plane), b1 = load2(plane + at_plane + 256), totals = load2(total + at_total);
         at_plane += STAGE_UNITS * 256, at_total += 32;
-#if VARIANT == 1
-        const int4 first = mma_bits(code0.x, code0.y, code0.z, code0.w, b0.x, b0.y);
-        const int4 second = mma_bits(code1.x, code1.y, code1.z, code1.w, b1.x, b1.y);
-        const u32 odd = threadIdx.x & 4;
-        const int4 both = mma_bits(share(code0.x, code1.x), share(code0.y, code1.y), share(code0.z, code1.z), share(code0.w, code1.w),
-                                   odd ? b1.x : b0.x, odd ? b1.y : b0.y);
-        sum[0] = dot(counts(first.x, first.y, both.x, totals.x), level0.x, sum[0]);
-        sum[1] = dot(counts(first.z, first.w, both.z, totals.x), level0.y, sum[1]);
-        sum[0] = dot(counts(second.x, second.y, both.y, totals.y), level1.x, sum[0]);
-        sum[1] = dot(counts(second.z, second.w, both.w, totals.y), level1.y, sum[1]);
-#else
         add_unit(code0, level0, b0, totals.x);
         add_unit(code1, level1, b1, totals.y);
-#endif
-    }
-    static __device__ __forceinline__ u32 share(u32 first, u32 second) {
-        const u32 mask = 0x55555555u;
-        return select_bits(mask, first, second) & select_bits(mask, first >> 1, second * 2);
     }
     // Column 2 j of b: plane j over the low bits of the codes a; 2 j + 1: over their high bits.
     __device__ __forceinline__ void add_unit(uint4 a, uint2 level, uint2 b, u32 total) {

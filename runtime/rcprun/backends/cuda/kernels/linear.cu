@@ -6,6 +6,8 @@
 //   x           f32 [m][k], or i8 codes [m][units * 128] with zeros from k on (PROLOGUE 0)
 //   x_scale_M   f32 [m]                          of the codes; PROLOGUE 0 only
 //   out         f32 [m][columns]                 columns: rows of the layer, or half of them (EPILOGUE 2)
+//   later_TU    weights of a later layer that are brought into the L2 cache, or null; later_tiles, later_blocks and
+//               later_tile_bytes are of that layer
 //   PROLOGUE 0: x is codes.  1: x is normalized (RMSNorm, eps) and quantized (clip, A_BITS).  2: x is quantized.
 //   EPILOGUE 0: out = y.  1: out += y.  2: of each tile, rows 0-7 are gate and rows 8-15 up: out = silu(gate) * up.
 //   Limits: 1 <= m <= TOKENS (1 or 8); PROLOGUE 0 for 8 tokens; CHANNELS a multiple of 4, else loads are slower; int32 sums, so
@@ -55,9 +57,11 @@ constexpr int STAGES = UNITS / STAGE_UNITS;  // of a tile
 
 extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOCKS)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
-           int m, int columns, int tiles, float clip, float eps) {
+           const u8* later_TU, int later_tiles, int later_blocks, i64 later_tile_bytes, int m,
+           int columns, int tiles, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 barriers[2][SLOTS];
+    __shared__ volatile u32 hurry;
     __shared__ __align__(16) float scratch[2 * WARPS];
     __shared__ float token_scales[TOKENS];
     pdl_launch();
@@ -73,10 +77,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOC
     if (threadIdx.x == THREADS) {
         for (int i = 0; i < SLOTS; ++i) barrier_init(stream.full + i * 8, 1), barrier_init(stream.empty + i * 8, WARPS);
         barrier_init_done();
+        hurry = 0;
     }
     __syncthreads();
     if (warp == WARPS) {
-        if (threadIdx.x == THREADS) stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS);
+        if (threadIdx.x > THREADS) return;
+        const u8* later = nullptr;
+        i64 later_bytes = 0;
+        if (later_TU && blockIdx.x < later_blocks) {
+            const Share of_later(blockIdx.x, later_blocks, later_tiles);
+            later = later_TU + of_later.first * later_tile_bytes, later_bytes = of_later.owned * later_tile_bytes;
+        }
+        stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS, &hurry, later, later_bytes);
         return;
     }
     stream.begin();
@@ -110,23 +122,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOC
     product.prepare((const i8*)activations, m);
 #endif
     product.seek(STAGES - in_tile);
-#if REHEARSE
-#pragma unroll 1
-    for (int take = 0; take < 2; ++take) {
-        if (take) pdl_wait();
-#else
-    {
-        pdl_wait();
-#endif
+    pdl_wait();
 #if PLANES
-        planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);
+    planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);
 #else
-        codes_in(x, x_scale_M, m, clip, eps, (i8*)activations, token_scales, scratch);
+    codes_in(x, x_scale_M, m, clip, eps, (i8*)activations, token_scales, scratch);
 #endif
-#if REHEARSE
-        if (!take) sync_computing();
-#endif
-    }
+    if (threadIdx.x == 0) hurry = 1;
     float before = 0.0f;  // what is in this thread's first output
     if (EPILOGUE == 1 && threadIdx.x < outputs) {
         const Output o = output(threadIdx.x);

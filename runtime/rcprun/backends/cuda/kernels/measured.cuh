@@ -32,6 +32,12 @@ __device__ __forceinline__ float4 load_columns(const float* row, int i) {
     return v;
 }
 
+// sum / CHANNELS; exact as a product where it is a power of two.
+__device__ __forceinline__ float mean(float sum) {
+    if constexpr ((CHANNELS & (CHANNELS - 1)) == 0) return __fmul_rn(sum, 1.0f / CHANNELS);
+    return __fdiv_rn(sum, (float)CHANNELS);
+}
+
 // Sum of squares and largest magnitude of the columns that a thread has added; then of the token.
 struct Measured {
     float sum = 0.0f, norm = 1.0f;
@@ -58,7 +64,7 @@ struct Measured {
             peak = max(max(peak, max(magnitude(p.x), magnitude(p.y))), max(magnitude(p.z), magnitude(p.w)));
         }
         sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        if (PROLOGUE == 1) norm = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)CHANNELS), eps)));
+        if (PROLOGUE == 1) norm = __frcp_rn(__fsqrt_rn(__fadd_rn(mean(sum), eps)));
         token = token_scale(__fmul_rn(__uint_as_float(peak), norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
     }
     // The code of a column in the lowest bits of a word, others are set too; see Coder in hadamard.cu for why it is right.
