@@ -28,8 +28,8 @@ _MOST_SLOTS, _LEAST_SLOTS = 5, 2
 """Pieces of weights in shared memory (kernels/stream.cuh)."""
 _HALF_SHARED = 112 * 1024
 """Of shared memory, for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
-_FLIGHT, _DELAY, _PACE = 3, 0, 300
-"""Pieces asked for at a time, and nanoseconds: before the first one, and for half a piece of a later layer."""
+_FLIGHT = 3
+"""Pieces asked for at a time, once the activations are there."""
 
 
 def padded(columns: int) -> int:
@@ -69,12 +69,6 @@ class UnitLinear:
         """Bytes held."""
         return int(self.unit_TU.nbytes + self.scale_R.nbytes * (1 if self.bias_R is None else 2))
 
-    @property
-    def to_fetch(self) -> tuple[Any, ...]:
-        """Weights, tiles, blocks, and bytes of a tile, for a kernel that fetches them early."""
-        tile_bytes = self.units * _unit_bytes(self.group)
-        return self.unit_TU, np.int32(self.tiles), np.int32(self.blocks), np.int64(tile_bytes)
-
     def _repack(self, layer: PackedLinear, base: int, side: int) -> None:
         n, k = layer.shape
         assert k == self.k
@@ -109,7 +103,6 @@ def linear(
     x_scale: Any | None = None,
     clip: np.float32 | None = None,
     eps: float = 0.0,
-    later: UnitLinear | None = None,
     overlap: bool = False,
     hopper: bool = True,
 ) -> None:
@@ -117,7 +110,6 @@ def linear(
 
     NORMALIZE and QUANTIZE, of one token, take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs
     interleaved weights.
-    later: a layer whose weights are brought into the L2 cache while the kernel waits.
     overlap: start while the kernel before still runs.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
@@ -145,10 +137,7 @@ def linear(
         "EPILOGUE": epilogue,
         "PLANES": planes,
         "SLOTS": slots,
-        "FLIGHT": _FLIGHT,
-        "DELAY": _DELAY if overlap else 0,
-        "PACE": _PACE,
-        "BLOCKS": 2,
+        "FLIGHT": min(_FLIGHT, slots),
     }
     kernel("linear", "linear", _defines(defines, hopper)).launch(
         weights.blocks,
@@ -160,7 +149,6 @@ def linear(
             x,
             x_scale,
             out,
-            *((None, np.int32(0), np.int32(0), np.int64(0)) if later is None else later.to_fetch),
             *map(np.int32, (m, weights.n, weights.tiles)),
             np.float32(0 if clip is None else clip),
             np.float32(eps),

@@ -30,9 +30,6 @@ from rcprun.backends.cuda.weights import Layer, Weights
 PREFILL_TOKENS = 2048
 """Tokens that go through all layers at a time, at most: each pass expands all weights."""
 _HEAD_CLIP = np.float32(1)
-_OVERLAPPING = frozenset({"qkv", "gate_up"})
-"""Linear layers of one token that start while the kernel before them runs, which is a linear layer too. After others it
-costs more than it brings: what they still read waits behind weights."""
 
 
 class Operation(NamedTuple):
@@ -109,21 +106,13 @@ class Network:
         qkv, q, attended, z = (few.floats(name, count) for name in ("qkv", "q", "attended", "z"))
 
         def product(
-            name: str,
-            weights: linear.UnitLinear,
-            x: Any,
-            out: Any,
-            clip: np.float32,
-            prologue: int,
-            epilogue: int,
-            later: linear.UnitLinear | None = None,
+            name: str, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
         ) -> Operation:
-            overlap = name in _OVERLAPPING
-            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, later, overlap)
+            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue)
             return Operation(name, launch, weights.nbytes)
 
         clip, gain = layer.act_clip, layer.qk_gain
-        yield product("qkv", layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE, layer.o)
+        yield product("qkv", layer.qkv, x_MD, qkv, clip[0], linear.NORMALIZE, linear.STORE)
         places = position_M, slot_M, index, layer.window, attended
         if apart:
             fused = partial(self._attend.fused, qkv, *places, self._rope, layer.kv_clip, gain)
@@ -133,7 +122,7 @@ class Network:
             yield Operation("rope", rope)
             yield Operation("attention", partial(self._attend, q, *places))
         yield product("o", layer.o, attended, x_MD, clip[1], linear.QUANTIZE, linear.ADD)
-        yield product("gate_up", layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU, layer.down)
+        yield product("gate_up", layer.gate_up, x_MD, z, clip[2], linear.NORMALIZE, linear.SWIGLU)
         yield Operation("R4", partial(self._rotate_mlp, z, layer, few))
         codes, scale = few.codes(z.shape[1], count)
         down = partial(
@@ -145,7 +134,7 @@ class Network:
             epilogue=linear.ADD,
             a_bits=self._quantization.a_bits,
             x_scale=scale,
-            overlap=count > 1 or "down" in _OVERLAPPING,
+            overlap=True,
         )
         yield Operation("down", down, layer.down.nbytes)
 
@@ -157,8 +146,6 @@ class Network:
         clip: np.float32,
         prologue: int,
         epilogue: int,
-        later: linear.UnitLinear | None,
-        overlap: bool,
     ) -> None:
         """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
         bits, eps = self._quantization.a_bits, self._eps
@@ -172,8 +159,7 @@ class Network:
                 a_bits=bits,
                 clip=clip,
                 eps=float(eps),
-                later=later,
-                overlap=overlap,
+                overlap=True,
             )
             return
         codes, scale = self._few.codes(x.shape[1], len(x))
@@ -189,7 +175,6 @@ class Network:
             epilogue=epilogue,
             a_bits=bits,
             x_scale=scale,
-            later=later,
             overlap=True,
         )
 

@@ -6,8 +6,6 @@
 //   x           f32 [m][k], or i8 codes [m][units * 128] with zeros from k on (PROLOGUE 0)
 //   x_scale_M   f32 [m]                          of the codes; PROLOGUE 0 only
 //   out         f32 [m][columns]                 columns: rows of the layer, or half of them (EPILOGUE 2)
-//   later_TU    weights of a later layer that are brought into the L2 cache, or null; later_tiles, later_blocks and
-//               later_tile_bytes are of that layer
 //   PROLOGUE 0: x is codes.  1: x is normalized (RMSNorm, eps) and quantized (clip, A_BITS).  2: x is quantized.
 //   EPILOGUE 0: out = y.  1: out += y.  2: of each tile, rows 0-7 are gate and rows 8-15 up: out = silu(gate) * up.
 //   Limits: 1 <= m <= TOKENS (1 or 8); PROLOGUE 0 for 8 tokens; CHANNELS a multiple of 4, else loads are slower; int32 sums, so
@@ -33,9 +31,6 @@
 #ifndef EPILOGUE
 #error "EPILOGUE: 0, 1 or 2"
 #endif
-#ifndef BLOCKS
-#error "BLOCKS: of a multiprocessor at a time, 1 or 2"
-#endif
 #ifndef PLANES
 #error "PLANES: 0 or 1"
 #endif
@@ -55,10 +50,9 @@
 
 constexpr int STAGES = UNITS / STAGE_UNITS;  // of a tile
 
-extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
-           const u8* later_TU, int later_tiles, int later_blocks, i64 later_tile_bytes, int m,
-           int columns, int tiles, float clip, float eps) {
+           int m, int columns, int tiles, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 barriers[2][SLOTS];
     __shared__ volatile u32 hurry;
@@ -81,14 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, BLOC
     }
     __syncthreads();
     if (warp == WARPS) {
-        if (threadIdx.x > THREADS) return;
-        const u8* later = nullptr;
-        i64 later_bytes = 0;
-        if (later_TU && blockIdx.x < later_blocks) {
-            const Share of_later(blockIdx.x, later_blocks, later_tiles);
-            later = later_TU + of_later.first * later_tile_bytes, later_bytes = of_later.owned * later_tile_bytes;
-        }
-        stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS, &hurry, later, later_bytes);
+        if (threadIdx.x == THREADS)
+            stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS, &hurry);
         return;
     }
     stream.begin();

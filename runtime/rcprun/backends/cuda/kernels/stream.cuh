@@ -3,8 +3,7 @@
 //
 // On sm_90 a warp of its own asks for the pieces by bulk copies: while slots are free, and at most FLIGHT pieces at a
 // time, or one while the block waits for its activations: what is asked for beyond that comes no sooner, but all that
-// others read then waits behind it. While all slots are full, it brings weights that a later layer needs into the L2 cache.
-// Before sm_90, each warp copies its own part of a piece by cp.async.
+// others read then waits behind it. Before sm_90, each warp copies its own part of a piece by cp.async.
 #pragma once
 
 #include "units.cuh"
@@ -14,18 +13,10 @@
 #endif
 
 #ifndef FLIGHT
-#error "FLIGHT: pieces that are asked for at a time on sm_90"
-#endif
-
-#ifndef DELAY
-#error "DELAY: nanoseconds before the first piece is asked for"
-#endif
-#ifndef PACE
-#error "PACE: nanoseconds for a piece that goes to the L2 cache"
+#error "FLIGHT: pieces that are asked for at a time on sm_90, at most SLOTS"
 #endif
 
 #define PIECE_BYTES (STREAMS * STAGE_BYTES)
-#define LATER_BYTES (PIECE_BYTES / 2)  // of a later layer, at a time
 #define FETCHING_WARPS RCP_HOPPER  // beside the STREAMS warps that compute
 
 struct Stream {
@@ -33,25 +24,14 @@ struct Stream {
     int slot, parity;         // in turn, and its round
 
 #if RCP_HOPPER
-    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages. later: bytes of a later
-    // layer. hurry: set when the activations are there.
-    __device__ __forceinline__ void fetch(const u8* from, int rounds, int last, const volatile u32* hurry, const u8* later,
-                                          i64 later_bytes) {
-        int turn = 0, landing = 0, landing_parity = 0, landed = 0;
+    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages. hurry: set when the
+    // activations are there.
+    __device__ __forceinline__ void fetch(const u8* from, int rounds, int last, const volatile u32* hurry) {
+        int turn = 0, landed = 0, landing = 0, landing_parity = 0;  // landing: the slot of the first piece under way
         parity = 1;
-        u64 due = now_in_ns();
-        if (DELAY > 0)
-            for (const u64 begin = due + DELAY; now_in_ns() < begin && !*hurry;) short_pause();
         for (int round = 0; round < rounds; ++round) {
-            if (round >= SLOTS)
-                while (!barrier_passed(empty + turn * 8, parity)) {
-                    if (later_bytes <= 0) continue;
-                    const u64 now = now_in_ns();
-                    if (now < due) continue;
-                    prefetch_bulk(later, min((i64)LATER_BYTES, later_bytes));
-                    later += LATER_BYTES, later_bytes -= LATER_BYTES, due = now + PACE;
-                }
-            while (round - landed >= (*hurry ? min(FLIGHT, SLOTS) : 1)) {
+            if (round >= SLOTS) barrier_wait(empty + turn * 8, parity);
+            while (round - landed >= (*hurry ? FLIGHT : 1)) {
                 barrier_wait(full + landing * 8, landing_parity);
                 ++landed;
                 if (++landing == SLOTS) landing = 0, landing_parity ^= 1;
