@@ -24,8 +24,8 @@ STORE, ADD, SWIGLU = 0, 1, 2
 _WARPS, _STAGE_UNITS = 16, 2
 _PLANE_BYTES = 272
 """Of shared memory for the planes of a unit, where products go by them."""
-_MOST_SLOTS, _LEAST_SLOTS = 5, 2
-"""Pieces of weights in shared memory (kernels/stream.cuh)."""
+_MOST_SLOTS, _MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 5, 3, 2
+"""Pieces of weights in shared memory (kernels/stream.cuh), at most for one token and for several, and at least."""
 _HALF_SHARED = 112 * 1024
 """Of shared memory, for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
 _FLIGHT = 3
@@ -127,7 +127,7 @@ def linear(
     shared = spec.ceil_div(weights.tiles, weights.blocks) * TILE_ROWS * 4 * (tokens + 2)
     shared += weights.units * _PLANE_BYTES if planes else tokens * (weights.units * UNIT_COLUMNS + 16)
     piece = _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
-    slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, (_HALF_SHARED - shared) // piece))
+    slots = max(_LEAST_SLOTS, min(_MOST_SLOTS if m == 1 else _MOST_SLOTS_FOR_FEW, (_HALF_SHARED - shared) // piece))
     defines = {
         "CHANNELS": weights.k,
         "GROUP": weights.group,

@@ -28,16 +28,7 @@ def _linear(
     """Of linear.cu."""
     planes = int(tokens == 1 and a_bits == 4 and group == 128)
     form = {"GROUP": group, "TOKENS": tokens, "A_BITS": a_bits, "PROLOGUE": prologue, "EPILOGUE": epilogue}
-    return {
-        **form,
-        "CHANNELS": channels,
-        "PLANES": planes,
-        "SLOTS": slots,
-        "FLIGHT": 3,
-        "DELAY": 0,
-        "PACE": 300,
-        "BLOCKS": 2,
-    }
+    return {**form, "CHANNELS": channels, "PLANES": planes, "SLOTS": slots, "FLIGHT": min(3, slots)}
 
 
 def _decode(
