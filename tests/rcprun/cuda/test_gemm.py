@@ -1,4 +1,4 @@
-"""Products of many tokens against the NumPy reference, exactly."""
+"""Products of many tokens against the NumPy reference, exactly, and what makes codes of their sums."""
 
 import numpy as np
 import pytest
@@ -71,3 +71,58 @@ def test_gate_and_up(n: int) -> None:
     Gemm([packed], 50)(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=SWIGLU)
     expected = arithmetic.silu(reference(gate, codes, scale)) * reference(up, codes, scale)
     assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
+
+
+def sums_of(packed: Any, codes: np.ndarray, tokens: int) -> Any:
+    from rcprun.backends.cuda.gemm import Gemm
+
+    return Gemm([packed], tokens).multiply(packed, padded_codes(codes))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n", [4096, 480, 173])
+def test_sums_are_added_and_normalized(n: int, bits: int) -> None:
+    """The same bits as by two kernels."""
+    import cupy
+
+    from rcprun.backends.cuda.gemm import Gemm
+    from rcprun.backends.cuda.linear import ADD
+    from rcprun.backends.cuda.norm import add_norm_quantize, norm_quantize
+
+    rng, m = np.random.default_rng(n), 20
+    packed = pack(random_layer(rng, n, 192, 128, bias=n % 2 == 1))
+    codes, x_scale = rng.integers(-8, 8, (m, 192), dtype=np.int8), rng.uniform(0.01, 0.1, m).astype(np.float32)
+    before = rng.normal(size=(m, n)).astype(np.float32)
+    how = {"eps": np.float32(1e-5), "clip": np.float32(0.9), "bits": bits}
+    apart, together = cupy.asarray(before), cupy.asarray(before)
+    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), apart, epilogue=ADD)
+    found, expected = ((cupy.zeros((m, -(-n // 128) * 128), np.int8), cupy.asarray(x_scale)) for _ in range(2))
+    norm_quantize(apart, *expected, **how)
+    add_norm_quantize(sums_of(packed, codes, m), packed.scale_R, packed.bias_R, together, *found, **how)
+    assert np.array_equal(together.get(), apart.get())
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.get(), other.get())
+
+
+@pytest.mark.parametrize("n", [11008, 14336, 1408, 480, 192])
+def test_sums_of_gate_and_up_are_rotated(n: int) -> None:
+    """As by two kernels, but for the last bits of sums in another order: the scale to 2e-6, few codes, each by one."""
+    import cupy
+
+    from rcprun.backends.cuda.gemm import Gemm
+    from rcprun.backends.cuda.hadamard import Transform
+    from rcprun.backends.cuda.linear import SWIGLU
+
+    rng, m = np.random.default_rng(n), 20
+    packed = pack(*(random_layer(rng, n, 192, 128, bias=n == 480) for _ in range(2)), interleave=True)
+    codes, x_scale = rng.integers(-8, 8, (m, 192), dtype=np.int8), rng.uniform(0.01, 0.1, m).astype(np.float32)
+    z, transform = poisoned((m, n)), Transform(n)
+    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), z, epilogue=SWIGLU)
+    found, expected = ((cupy.full((m, -(-n // 128) * 128), 77, np.int8), cupy.asarray(x_scale)) for _ in range(2))
+    workspace = cupy.empty((m, n), np.float32)
+    how = {"clip": np.float32(0.9), "bits": 4}
+    transform.quantize(z, *expected, workspace_MN=workspace, **how)
+    transform.quantize_swiglu(sums_of(packed, codes, m), packed.scale_R, packed.bias_R, *found, **how)
+    np.testing.assert_allclose(found[1].get(), expected[1].get(), rtol=2e-6)
+    difference = np.abs(found[0].get().astype(int) - expected[0].get())
+    assert difference.max() <= 1 and np.count_nonzero(difference) <= 1 + m * n / 10_000

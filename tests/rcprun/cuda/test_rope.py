@@ -147,6 +147,38 @@ def test_nan_stays_nan() -> None:
         assert all(np.isnan(scale).all() for scale in stored(cache, site, place, place)[1:])
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 64), (3, 1, 80), (4, 4, 128)])
+def test_from_sums(heads: int, kv_heads: int, head_dim: int, biased: bool) -> None:
+    """The same bits as from the floats that sums become, each operation rounded."""
+    import cupy
+
+    from rcprun.backends.cuda.kvcache import KVCache
+    from rcprun.backends.cuda.rope import Rope
+
+    a = architecture(heads, kv_heads, head_dim)
+    rng, count, width = np.random.default_rng(head_dim), 23, (heads + 2 * kv_heads) * head_dim
+    position, slot = rows(rng, count)
+    sums = rng.integers(-(10**6), 10**6, (count, -(-width // 16) * 16), dtype=np.int32)
+    x_scale, scale = (rng.uniform(1e-3, 1e-2, n).astype(np.float32) for n in (count, sums.shape[1]))
+    bias = rng.normal(size=sums.shape[1]).astype(np.float32) if biased else None
+    qkv = (sums.astype(np.float32) * x_scale[:, None] * scale + (0 if bias is None else bias))[:, :width]
+    expected, cache = run(a, 4, np.ascontiguousarray(qkv), position, slot, r3=True)
+
+    found = KVCache(a, 4, SLOTS, CONTEXT)
+    for array in (*found.key_NGTB, *found.value_NGTB, *found.scale_NGT2):
+        array[...] = np.iinfo(array.dtype).max
+    q = cupy.full((count, a.attention_size), np.nan, dtype=np.float32)
+    Rope(a, inv_freq(head_dim), CONTEXT, r3=True).from_sums(
+        *(cupy.asarray(each) if each is not None else None for each in (sums, x_scale, scale, bias)),
+        *(cupy.asarray(each.astype(np.int32)) for each in (position, slot)),
+        *(found, LAYER, CLIP, q),
+    )
+    np.testing.assert_array_equal(q.get().reshape(expected.shape), expected)
+    for name in ("key_NGTB", "value_NGTB", "scale_NGT2"):
+        np.testing.assert_array_equal(getattr(found, name)[LAYER].get(), getattr(cache, name)[LAYER].get())
+
+
 def test_other_places_stay_and_runs_repeat() -> None:
     import cupy
 

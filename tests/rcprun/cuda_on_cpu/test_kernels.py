@@ -52,6 +52,8 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_gemm.test_many_tokens_are_exact: ({"n": 333, "k": 173, "group": 64}, {"n": 40, "k": 300, "group": 128}),
     test_gemm.test_gate_and_up: ({"n": 480},),
     test_gemm.test_sums_are_rescaled_in_parts: ({"interleave": True},),
+    test_gemm.test_sums_are_added_and_normalized: ({"n": 480, "bits": 4}, {"n": 173, "bits": 8}),
+    test_gemm.test_sums_of_gate_and_up_are_rotated: ({"n": 480}, {"n": 1408}),
     test_hadamard.test_integers_are_exact: (
         {"n": 480, "tokens": 6, "transpose": True},
         {"n": 36, "tokens": 6, "transpose": False},
@@ -76,6 +78,7 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_prefill_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_rope.test_without_reductions_everything_is_equal: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
     test_rope.test_norm_and_hadamard: ({"head_dim": 96, "norm": True, "bits": 8},),
+    test_rope.test_from_sums: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "biased": True},),
     test_rope.test_nan_stays_nan: ({},),
     test_sample.test_choices_are_numpys: (
         {"vocabulary": 300, "scale": 1.0, "way": "all"},

@@ -40,8 +40,8 @@ class Gemm:
         self.multiply(weights, codes_MK)
         self.rescale(weights, 0, scale_M, out, epilogue=epilogue)
 
-    def multiply(self, weights: UnitLinear, codes_MK: Any) -> None:
-        """Keeps the integer sums of codes (m, padded(k)) for rescale."""
+    def multiply(self, weights: UnitLinear, codes_MK: Any) -> Any:
+        """Integer sums (m, rows of tiles) of codes (m, padded(k)); they stay until the next product."""
         m, rows, columns = len(codes_MK), weights.tiles * TILE_ROWS, weights.units * UNIT_COLUMNS
         assert m <= self.tokens
         check(codes_MK, "codes", np.int8, (m, columns))
@@ -75,6 +75,7 @@ class Gemm:
             _CUBLAS_COMPUTE_32I,
             _CUBLAS_GEMM_DEFAULT,
         )
+        return self._sums[: m * rows].reshape(m, rows)
 
     def rescale(self, weights: UnitLinear, first: int, scale_M: Any, out: Any, *, epilogue: int) -> None:
         """out (m, n) float32 of the sums of m tokens from the first on, whose scales are scale_M (m,)."""

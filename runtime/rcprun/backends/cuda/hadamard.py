@@ -1,8 +1,9 @@
 """Hadamard transforms on the GPU, to float32 or to quantized activations. Knows nothing of layers.
 
-hadamard.cu does the work where a block of channels has a Sylvester part of 8 or more; hadamard_plain.cu the rest.
+hadamard.cu does the work where a block of channels has a Sylvester part of 8 or more; hadamard_plain.cu the rest;
+swiglu_hadamard.cu what comes from integer sums of many tokens.
 
-Shape suffixes: M tokens, N channels, K channels padded to a multiple of 128, D dense order.
+Shape suffixes: M tokens, N channels, K channels padded to a multiple of 128, D dense order, R rows of gate and up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from rcpformat.hadamard import HadamardPlan, hadamard_factor, paley_matrix, sylvester_matrix
 from rcpformat.spec import ceil_div
-from rcprun.backends.cuda.hadamard_layout import Layout, best_layout, sign_words
+from rcprun.backends.cuda.hadamard_layout import Layout, best_layout, best_whole_layout, sign_words
 from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel
 
 FEW_TOKENS = 16
@@ -40,13 +41,20 @@ class Transform:
         for few in (True, False):
             layout = best_layout(plan, few=few)
             if layout is not None:
-                d_DD = np.kron(p_DD, sylvester_matrix(layout.dense // plan.m))
-                self._layouts[few] = layout, cupy.asarray(sign_words(d_DD, layout.row_parts * layout.tiles))
+                self._layouts[few] = layout, self._signs(p_DD, layout)
+        whole = best_whole_layout(plan) if rotate else None
+        self._whole = (whole, self._signs(p_DD, whole)) if whole else None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return int(self._paley_DD.nbytes + sum(bits.nbytes for _, bits in self._layouts.values()))
+        layouts = [*self._layouts.values(), *([self._whole] if self._whole else [])]
+        return int(self._paley_DD.nbytes + sum(bits.nbytes for _, bits in layouts))
+
+    @property
+    def takes_sums(self) -> bool:
+        """Whether there is quantize_swiglu."""
+        return self._whole is not None
 
     def needs_workspace(self, tokens: int) -> bool:
         """Whether quantize needs a workspace for this many tokens, because it takes two kernels."""
@@ -111,6 +119,53 @@ class Transform:
             (x_MN, factor_N, codes_MK, scale_M, np.int32(self.n), np.int32(codes_MK.shape[1]), clip, np.int32(bits)),
             overlap=True,
         )
+
+    def quantize_swiglu(
+        self,
+        sum_MR: cupy.ndarray,
+        scale_R: cupy.ndarray,
+        bias_R: cupy.ndarray | None,
+        codes_MK: cupy.ndarray,
+        scale_M: cupy.ndarray,
+        *,
+        clip: np.float32,
+        bits: int,
+    ) -> None:
+        """quantize of SwiGLU of gate and up, whose rows are interleaved as for linear.SWIGLU, from their integer sums.
+
+        scale_M: of the sums' input, before it is of the codes. scale_R, bias_R: of gate's and up's rows.
+        """
+        assert self._whole is not None
+        layout, signs = self._whole
+        count, rows = sum_MR.shape
+        check(sum_MR, "sums", np.int32, (count, rows))
+        check(scale_R, "scale of rows", np.float32, (rows,))
+        assert rows >= 2 * self.n
+        check(codes_MK, "codes", np.int8, (count, None))
+        check(scale_M, "scale", np.float32, (count,))
+        defines = (("DENSE", layout.dense), ("COLUMNS", layout.columns), ("MT", layout.mt), ("NT", layout.nt))
+        kernel("swiglu_hadamard", "swiglu_hadamard", (*defines, ("PASSES", layout.passes))).launch(
+            count,
+            layout.threads,
+            (
+                sum_MR,
+                scale_R,
+                bias_R,
+                signs,
+                self._norm,
+                codes_MK,
+                scale_M,
+                *map(np.int32, (rows, codes_MK.shape[1])),
+                clip,
+                np.int32(bits),
+            ),
+            shared=layout.shared,
+            overlap=True,
+        )
+
+    def _signs(self, p_DD: np.ndarray, layout: Layout) -> cupy.ndarray:
+        d_DD = np.kron(p_DD, sylvester_matrix(layout.dense // self._plan.m))
+        return cupy.asarray(sign_words(d_DD, layout.row_parts * layout.tiles))
 
     def _check_input(self, x_MN: cupy.ndarray, factor_N: cupy.ndarray | None) -> None:
         check(x_MN, "x", np.float32, (None, self.n))

@@ -38,6 +38,8 @@ class Layout:
     row_parts: int
     mt: int
     nt: int
+    passes: int = 1
+    """Spans of columns that a warp computes in turn; swiglu_hadamard.cu only."""
 
     @property
     def parts(self) -> int:
@@ -62,7 +64,7 @@ class Layout:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * self.tiles // self.mt * self.width // (8 * self.nt)
+        return 32 * self.tiles // self.mt * self.width // (8 * self.nt * self.passes)
 
     @property
     def shared(self) -> int:
@@ -73,6 +75,8 @@ class Layout:
     def registers(self) -> int:
         """Of a thread, enough not to spill."""
         tiles = self.mt * self.nt
+        if self.passes > 1:
+            return max(80, 4 * tiles * (self.passes + 1) + 40)
         return max(80, 4 * tiles * (2 if tiles >= 4 else 3) + 48)
 
     @property
@@ -94,11 +98,24 @@ def layouts(plan: HadamardPlan) -> Iterator[Layout]:
     for columns, groups, row_parts, mt, nt in product(powers, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4)):
         dense = plan.block // columns
         a = Layout(dense=dense, columns=columns, groups=groups, row_parts=row_parts, mt=mt, nt=nt)
-        fits = a.dense <= 2048 and 8 <= a.width <= 128 and a.width % (8 * nt) == 0 and a.parts <= 8
-        useful = mt * row_parts <= max(2, a.k_steps)
-        small = a.threads <= 1024 and a.threads * a.registers <= _REGISTERS and a.shared <= _SHARED_LIMIT
-        if fits and useful and small:
+        if _runs(a):
             yield a
+
+
+def whole_layouts(plan: HadamardPlan) -> Iterator[Layout]:
+    """All that swiglu_hadamard.cu can run for a vector of one block."""
+    powers = [2**i for i in range(3, plan.sylvester.bit_length())] if plan.copies == 1 else []
+    for columns, mt, nt, passes in product(powers, (1, 2), (4, 2, 1), (1, 2, 4)):
+        a = Layout(dense=plan.block // columns, columns=columns, groups=1, row_parts=1, mt=mt, nt=nt, passes=passes)
+        if _runs(a):
+            yield a
+
+
+def _runs(a: Layout) -> bool:
+    fits = a.dense <= 2048 and 8 <= a.width <= 128 and a.width % (8 * a.nt * a.passes) == 0 and a.parts <= 8
+    useful = a.mt * a.row_parts <= max(2, a.k_steps)
+    small = a.threads <= 1024 and a.threads * a.registers <= _REGISTERS and a.shared <= _SHARED_LIMIT
+    return fits and useful and small
 
 
 def cost(layout: Layout, tokens: int) -> float:
@@ -120,6 +137,12 @@ def cost(layout: Layout, tokens: int) -> float:
 def best_layout(plan: HadamardPlan, few: bool) -> Layout | None:
     """The cheapest layout for few tokens, or for many; None if hadamard.cu has none."""
     return min(layouts(plan), key=lambda layout: cost(layout, _TOKENS_PLANNED[few]), default=None)
+
+
+@cache
+def best_whole_layout(plan: HadamardPlan) -> Layout | None:
+    """The cheapest of whole_layouts for many tokens, None without any; of equal ones that with the widest tiles."""
+    return min(whole_layouts(plan), key=lambda layout: cost(layout, _TOKENS_PLANNED[False]), default=None)
 
 
 def sign_words(d_DD: NDArray[np.int8], tiles: int) -> NDArray[np.uint32]:

@@ -1,6 +1,6 @@
 """RMSNorm and quantization of activations. Launches kernels/norm.cu; knows nothing of what uses the codes.
 
-Shape suffixes: M tokens, K channels, P channels with padding (any multiple of 4 from K on).
+Shape suffixes: M tokens, K channels, P channels with padding (any multiple of 4 from K on), R rows of a layer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,33 @@ def norm_quantize(
     padded = _check_codes(x_MK, codes_MP, scale_M)
     arguments = [x_MK, codes_MP, scale_M, padded, np.float32(eps), np.float32(clip), np.int32(bits)]
     norm.launch(len(x_MK), block, arguments, overlap=True)
+
+
+def add_norm_quantize(
+    sum_MR: cupy.ndarray,
+    scale_R: cupy.ndarray,
+    bias_R: cupy.ndarray | None,
+    x_MK: cupy.ndarray,
+    codes_MP: cupy.ndarray,
+    scale_M: cupy.ndarray,
+    *,
+    eps: np.float32,
+    clip: np.float32,
+    bits: int,
+) -> None:
+    """norm_quantize of x after a linear layer's output is added to it, in place.
+
+    That output is integer sums (int32, rows of tiles as gemm.Gemm gives them), scales and biases of rows; the scale of
+    their input is what scale_M holds before.
+    """
+    norm, block = _kernel("add_norm_quantize", x_MK)
+    padded = _check_codes(x_MK, codes_MP, scale_M)
+    rows = sum_MR.shape[1]
+    check(sum_MR, "sums", np.int32, (len(x_MK), rows))
+    check(scale_R, "scale of rows", np.float32, (rows,))
+    assert rows >= x_MK.shape[1] and rows % 4 == 0
+    arguments = [sum_MR, scale_R, bias_R, x_MK, codes_MP, scale_M, np.int32(rows), padded]
+    norm.launch(len(x_MK), block, [*arguments, np.float32(eps), np.float32(clip), np.int32(bits)], overlap=True)
 
 
 def quantize(x_MK: cupy.ndarray, codes_MP: cupy.ndarray, scale_M: cupy.ndarray, *, clip: np.float32, bits: int) -> None:

@@ -1,6 +1,8 @@
-"""From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu.
+"""From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu
+and rope_many.cu.
 
-Shape suffixes: M tokens, C channels (q, k and v: H + 2G heads of D), H heads, G KV heads, D head_dim, T positions.
+Shape suffixes: M tokens, C channels (q, k and v: H + 2G heads of D), H heads, G KV heads, D head_dim, T positions,
+R rows of the linear.
 """
 
 from __future__ import annotations
@@ -60,18 +62,56 @@ class Rope:
         qkv_MC: float32. position_M, slot_M: int32, no two rows alike. kv_clip: of key and value, on the host.
         qk_gain: float32 (D,) of q and of k, where the architecture has qk_norm.
         """
-        count, width = len(qkv_MC), self._head_dim
-        all_heads = self._heads + 2 * self._kv_heads
-        check(qkv_MC, "qkv", np.float32, (count, all_heads * width))
+        check(qkv_MC, "qkv", np.float32, (len(q_MC), (self._heads + 2 * self._kv_heads) * self._head_dim))
+        self._launch("rope", (qkv_MC,), (), position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain)
+
+    def from_sums(
+        self,
+        sum_MR: cupy.ndarray,
+        x_scale_M: cupy.ndarray,
+        scale_R: cupy.ndarray,
+        bias_R: cupy.ndarray | None,
+        position_M: cupy.ndarray,
+        slot_M: cupy.ndarray,
+        cache: KVCache,
+        layer: int,
+        kv_clip: NDArray[np.float32],
+        q_MC: cupy.ndarray,
+        qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None = None,
+    ) -> None:
+        """The same where the linear's output is integer sums, as of gemm.Gemm, with scales and biases of rows."""
+        count, rows = sum_MR.shape
+        check(sum_MR, "sums", np.int32, (len(q_MC), rows))
+        check(x_scale_M, "x_scale", np.float32, (count,))
+        check(scale_R, "scale of rows", np.float32, (rows,))
+        assert rows >= (self._heads + 2 * self._kv_heads) * self._head_dim
+        sums = sum_MR, x_scale_M, scale_R, bias_R
+        self._launch("rope_many", sums, (np.int32(rows),), position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain)
+
+    def _launch(
+        self,
+        name: str,
+        qkv: tuple[cupy.ndarray | None, ...],
+        sizes: tuple[np.int32, ...],
+        position_M: cupy.ndarray,
+        slot_M: cupy.ndarray,
+        cache: KVCache,
+        layer: int,
+        kv_clip: NDArray[np.float32],
+        q_MC: cupy.ndarray,
+        qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None,
+    ) -> None:
+        """rope.cu, or rope_many.cu, which differ in where qkv comes from and how long its rows are."""
+        count, width = len(q_MC), self._head_dim
         check(q_MC, "q", np.float32, (count, self._heads * width))
-        for name, array in (("position", position_M), ("slot", slot_M)):
-            check(array, name, np.int32, (count,))
+        for what, array in (("position", position_M), ("slot", slot_M)):
+            check(array, what, np.int32, (count,))
         defines = (("HEAD_DIM", width), ("BITS", cache.bits), *self.hadamard)
-        kernel("rope", "rope", defines).launch(
-            (count, ceil_div(all_heads, _WARPS), 1),
+        kernel(name, name, defines).launch(
+            (count, ceil_div(self._heads + 2 * self._kv_heads, _WARPS), 1),
             32 * _WARPS,
             (
-                qkv_MC,
+                *qkv,
                 *self.gains(qk_gain),
                 self.cos_T2,
                 self.sin_T2,
@@ -82,6 +122,7 @@ class Rope:
                 cache.key_NGTB[layer],
                 cache.value_NGTB[layer],
                 cache.scale_NGT2[layer],
+                *sizes,
                 *map(np.int32, (self._heads, self._kv_heads, cache.capacity)),
                 self.eps,
                 self.norm,

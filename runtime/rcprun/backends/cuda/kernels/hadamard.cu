@@ -19,7 +19,6 @@
 //
 // Limits: COLUMNS, GROUPS powers of two; 8 ≤ WIDTH ≤ 128; NT divides WIDTH / 8; PARTS ≤ 8; clusters from sm_90 on.
 // Grid V · PARTS, block THREADS, dynamic shared memory 6 · 16 · K_STEPS · STRIDE bytes.
-#include "peak.cuh"
 
 #ifndef DENSE
 #error "DENSE: the order of D"
@@ -42,6 +41,7 @@
 #ifndef CODES
 #error "CODES: 0 for float32 output, 1 for codes and scales"
 #endif
+#include "hadamard.cuh"
 
 constexpr int WIDTH = COLUMNS / GROUPS;
 constexpr int PARTS = GROUPS * ROW_PARTS;
@@ -59,37 +59,6 @@ static_assert(WIDTH >= 8 && WIDTH <= 128 && WIDTH % (8 * NT) == 0 && PARTS <= 8,
 static_assert(PARTS == 1 || !CODES, "to quantize, the blocks of a vector are a cluster, which needs sm_90");
 #endif
 
-// Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels:
-// channel q·2NT + 2t + e is column 2q + e of tile t.
-__device__ __forceinline__ int stored_column(int column) {
-    const int within = column % (8 * NT);
-    return column - within + within % (2 * NT) / 2 * 8 + within / (2 * NT) * 2 + within % 2;
-}
-
-// The upper 16 bits of both, which are bf16, as a pair; and what they leave.
-__device__ __forceinline__ u32 split_pair(float& a, float& b) {
-    const u32 a_bits = __float_as_uint(a), b_bits = __float_as_uint(b);
-    a -= __uint_as_float(a_bits & 0xffff0000u);
-    b -= __uint_as_float(b_bits & 0xffff0000u);
-    return __byte_perm(a_bits, b_bits, 0x7632);
-}
-
-// Register j (0..3) of the A fragment of a word's k step (0..3): a pair of bf16 ±1. Bits 15 - s and 31 - s, with
-// s = 4·step + j, are the signs of its lower and upper half.
-__device__ __forceinline__ u32 signs(u32 word, int step, int j) {
-    return ((word << (4 * step + j)) & 0x80008000u) | 0x3f803f80u;
-}
-
-// B fragments of NT tiles: 16 rows, 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
-__device__ __forceinline__ void load_tiles(u32 (&b)[2 * NT], u32 address) {
-    if constexpr (NT == 1) {
-        load_b(b[0], b[1], address);
-    } else {
-#pragma unroll
-        for (int i = 0; i < NT / 2; ++i) load_b(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3], address + 32 * i);
-    }
-}
-
 // Where 4 channels of range g begin; `quad` counts them row by row, and rows past the last repeat it.
 __device__ __forceinline__ int input_channel(int quad, int g) {
     constexpr int QUADS = WIDTH / 4;
@@ -101,7 +70,6 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
     constexpr int QUADS = WIDTH / 4, COUNT = 16 * K_STEPS * QUADS, TERM = 16 * K_STEPS * STRIDE;
     constexpr int ROUNDS = (COUNT + THREADS - 1) / THREADS;
     constexpr int BATCH = ROUNDS * GROUPS <= 8 ? ROUNDS : 8 / GROUPS;  // loads are in flight together
-    const int lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; round += BATCH) {
         const int first = round * THREADS + threadIdx.x;
@@ -131,41 +99,13 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
                 v[2] = fmaf(sign, u[i][g].z, v[2]);
                 v[3] = fmaf(sign, u[i][g].w, v[3]);
             }
-            const float a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
-            v[0] = a + c;
-            v[1] = b + d;
-            v[2] = a - c;
-            v[3] = b - d;
-#pragma unroll
-            for (int offset = 1; offset < QUADS; offset *= 2) {
-                const float sign = lane & offset ? -1.0f : 1.0f;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) v[j] = fmaf(sign, v[j], __shfl_xor_sync(FULL_MASK, v[j], offset));
-            }
+            sylvester_of_row<WIDTH>(v);
             if (COUNT % (BATCH * THREADS) && row >= 16 * K_STEPS) continue;
             if (row >= DENSE) v[0] = v[1] = v[2] = v[3] = 0.0f;
-            u16* const low = terms + row * STRIDE + stored_column(column);
-            u16* const high = terms + row * STRIDE + stored_column(column + 2);
-#pragma unroll
-            for (int term = 0; term < 3; ++term) {
-                *(u32*)(low + term * TERM) = split_pair(v[0], v[1]);
-                *(u32*)(high + term * TERM) = split_pair(v[2], v[3]);
-            }
+            store_terms<TERM>(terms + row * STRIDE, column, v);
         }
     }
 }
-
-// token_code of common.cuh as the lowest byte, without conversions, which are slow: limits are integers, so they may come
-// first, and beyond 2^23 floats are integers. A token that is zero there is so by itself: its numbers are below 2^-100.
-struct Coder {
-    float inverse, least, largest;
-
-    __device__ __forceinline__ u32 code(float x) const {
-        return __float_as_uint(fminf(fmaxf(__fmul_rn(x, inverse), least), largest) + 12582912.0f);
-    }
-    __device__ __forceinline__ u32 two(const float* x) const { return __byte_perm(code(x[0]), code(x[1]), 0x0040); }
-    __device__ __forceinline__ u32 four(const float* x) const { return __byte_perm(two(x), two(x + 2), 0x5410); }
-};
 
 // The largest of the peaks of a cluster's blocks. Each writes its own into the shared memory of all, where a barrier
 // counts the bytes: who has all of them may end.

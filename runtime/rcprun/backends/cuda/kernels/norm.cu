@@ -5,11 +5,14 @@
 //   scale  f32  [M]         out; NaN where x holds one
 //   out    f32  [M][RCP_K]  out of `normalize`
 //   bits   4 or 8
+// `add_norm_quantize` first adds a linear layer's output to x, in place; it comes as integer sums, see rescale.cu:
+//   sum_MR  i32  [M][rows]   rows: a multiple of 16, from RCP_K on;  scale_R, bias_R  f32 [rows], bias_R or null
+//   scale is of the sums' input before it is of the codes.
 //
 // A row lives in registers, RCP_K / RCP_THREADS floats a thread: meant for up to 48, right for any number. Codes are
 // those of the normalized floats: x ↦ round(x · inverse root) is monotone, so that the largest normalized magnitude
 // is the largest magnitude, normalized.
-#include "common.cuh"
+#include "rescale.cuh"
 
 #ifndef RCP_K
 #error "RCP_K: channels"
@@ -36,6 +39,35 @@ struct Row {
             } else {
                 x[i][0] = v < VECTORS ? row[v] : 0.0f;
             }
+        }
+    }
+
+    // Adds what the sums of a token become.
+    __device__ __forceinline__ void add(const int* sum, float x_scale, const float* scale_R, const float* bias_R) {
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            const int v = threadIdx.x + i * RCP_THREADS;
+            if (v >= VECTORS) continue;
+            if constexpr (WIDTH == 4) {
+                const Rows rows(scale_R, bias_R, 4 * v);
+                const float4 all = Rows::plus({x[i][0], x[i][1], x[i][2], x[i][3]}, rows(__ldcs((const int4*)sum + v), x_scale));
+                x[i][0] = all.x, x[i][1] = all.y, x[i][2] = all.z, x[i][3] = all.w;
+            } else {
+                const float y = rescaled(sum[v], x_scale, scale_R[v]);
+                x[i][0] = __fadd_rn(x[i][0], bias_R ? __fadd_rn(y, bias_R[v]) : y);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(float* row) const {
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            const int v = threadIdx.x + i * RCP_THREADS;
+            if (v >= VECTORS) continue;
+            if constexpr (WIDTH == 4)
+                ((float4*)row)[v] = {x[i][0], x[i][1], x[i][2], x[i][3]};
+            else
+                row[v] = x[i][0];
         }
     }
 };
@@ -97,6 +129,22 @@ extern "C" __global__ void __launch_bounds__(RCP_THREADS)
     Row row;
     row.load(x + (i64)blockIdx.x * RCP_K);
     const Statistics s = statistics(row);
+    const float factor = inverse_root(s.squares, eps);
+    i8* const out = codes + (i64)blockIdx.x * kpad;
+    quantize_row(row, factor, __fmul_rn(s.peak, factor), out, scale + blockIdx.x, clip, bits);
+}
+
+extern "C" __global__ void __launch_bounds__(RCP_THREADS)
+    add_norm_quantize(const i32* sum_MR, const float* scale_R, const float* bias_R, float* x, i8* codes, float* scale, i32 rows,
+                      i32 kpad, float eps, float clip, i32 bits) {
+    pdl_launch();
+    pdl_wait();
+    Row row;
+    float* const place = x + (i64)blockIdx.x * RCP_K;
+    row.load(place);
+    row.add(sum_MR + (i64)blockIdx.x * rows, scale[blockIdx.x], scale_R, bias_R);
+    row.store(place);
+    const Statistics s = statistics(row);  // all threads have the scale before one replaces it
     const float factor = inverse_root(s.squares, eps);
     i8* const out = codes + (i64)blockIdx.x * kpad;
     quantize_row(row, factor, __fmul_rn(s.peak, factor), out, scale + blockIdx.x, clip, bits);

@@ -8,7 +8,7 @@
 // floats too, come in vectors, all of them before the first is used.
 // Grid: (ceil(columns / 4 THREADS), ceil(m / TOKENS)).
 
-#include "common.cuh"
+#include "rescale.cuh"
 
 #ifndef EPILOGUE
 #error "EPILOGUE: 0, 1 or 2"
@@ -20,30 +20,6 @@
 constexpr int THREADS = 256;
 constexpr int TOKENS = EPILOGUE == 0 ? 8 : 4;  // of a thread: of 8 loads, where gate and up or the residual come too
 
-// Of four rows: sum times x_scale times scale, plus bias, each rounded.
-struct Rows {
-    float4 scale, bias;
-    bool biased;
-
-    __device__ __forceinline__ Rows(const float* scale_R, const float* bias_R, int row)
-        : scale(*(const float4*)(scale_R + row)), bias(), biased(bias_R) {
-        if (biased) bias = *(const float4*)(bias_R + row);
-    }
-    __device__ __forceinline__ float4 operator()(const int4& sum, float x_scale) const {
-        float4 y = {__fmul_rn(__fmul_rn((float)sum.x, x_scale), scale.x), __fmul_rn(__fmul_rn((float)sum.y, x_scale), scale.y),
-                    __fmul_rn(__fmul_rn((float)sum.z, x_scale), scale.z), __fmul_rn(__fmul_rn((float)sum.w, x_scale), scale.w)};
-        if (biased) y = plus(y, bias);
-        return y;
-    }
-    static __device__ __forceinline__ float4 plus(const float4& a, const float4& b) {
-        return {__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w)};
-    }
-};
-
-__device__ __forceinline__ float silu_times(float gate, float up) {
-    return __fmul_rn(__fdiv_rn(gate, 1.0f + expf(-gate)), up);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     rescale(const int* sum_MR, const float* x_scale_M, const float* scale_R, const float* bias_R, float* out, int m,
             int rows, int columns) {
@@ -52,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     pdl_wait();
     if (column >= columns) return;
 #if EPILOGUE == 2
-    const int row = (column / 8) * 16 + column % 8;
+    const int row = gate_row(column);
     const Rows up_rows(scale_R, bias_R, row + 8);
     int4 up_sum[TOKENS];
 #else
@@ -82,8 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float* const to = out + (i64)(token + i) * columns + column;
         float4 y = these(sum[i], x_scale[i]);
 #if EPILOGUE == 2
-        const float4 up = up_rows(up_sum[i], x_scale[i]);
-        y = {silu_times(y.x, up.x), silu_times(y.y, up.y), silu_times(y.z, up.z), silu_times(y.w, up.w)};
+        y = silu_times(y, up_rows(up_sum[i], x_scale[i]));
 #endif
 #if WHOLE
 #if EPILOGUE == 1
