@@ -181,29 +181,51 @@ class Network:
     def _layer_of_many(
         self, index: int, layer: Layer, x_MD: Any, position_M: Any, slot_M: Any, slot: int, start: int
     ) -> None:
-        """A layer for many tokens of a slot, at positions from start on; x_MD in place."""
+        """A layer for many tokens of a slot, at positions from start on; x_MD in place.
+
+        Each layer but the last leaves the normalized codes that the next one begins with.
+        """
         (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
         q, attended = many.floats("q", count), many.floats("attended", count)
-        strips = [slice(first, min(first + many.strip, count)) for first in range(0, count, many.strip)]
-        clip = layer.act_clip
+        clip, r4 = layer.act_clip, self.weights.r4
         codes, scale = many.codes(x_MD.shape[1], count)
-        heads = many.codes(q.shape[1], count)
-        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
-        product.multiply(layer.qkv, codes)
-        for strip in strips:
-            qkv, place = many.floats("qkv", strip.stop - strip.start), (position_M[strip], slot_M[strip])
-            product.rescale(layer.qkv, strip.start, scale[strip], qkv, epilogue=linear.STORE)
-            self._rope(qkv, *place, self.cache, index, layer.kv_clip, q[strip], layer.qk_gain)
+        heads, mlp = many.codes(q.shape[1], count), many.codes(self._architecture.intermediate_size, count)
+        if index == 0:
+            norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
+        sums = product.multiply(layer.qkv, codes)
+        self._rope.from_sums(
+            *(sums, scale, layer.qkv.scale_R, layer.qkv.bias_R, position_M, slot_M, self.cache, index),
+            *(layer.kv_clip, q, layer.qk_gain),
+        )
         prefill_attention(q, self.cache, index, slot, start, layer.window, attended)
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
-        product(layer.o, *heads, x_MD, epilogue=linear.ADD)
-        norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[2], bits=bits)
-        product.multiply(layer.gate_up, codes)
-        for strip in strips:
-            z = many.floats("z", strip.stop - strip.start)
-            product.rescale(layer.gate_up, strip.start, scale[strip], z, epilogue=linear.SWIGLU)
-            self._rotate_mlp(z, layer, many, strip.start)
-        product(layer.down, *many.codes(self._architecture.intermediate_size, count), x_MD, epilogue=linear.ADD)
+        self._add_and_normalize(product.multiply(layer.o, heads[0]), layer.o, x_MD, codes, scale, clip[2])
+        sums = product.multiply(layer.gate_up, codes)
+        if r4.takes_sums:
+            r4.quantize_swiglu(sums, layer.gate_up.scale_R, layer.gate_up.bias_R, *mlp, clip=clip[3], bits=bits)
+        else:
+            for first in range(0, count, many.strip):
+                z = many.floats("z", min(many.strip, count - first))
+                here = slice(first, first + len(z))
+                product.rescale(layer.gate_up, first, scale[here], z, epilogue=linear.SWIGLU)
+                self._rotate_mlp(z, layer, many, first)
+        sums = product.multiply(layer.down, mlp[0])
+        if layer is self.weights.layers[-1]:
+            product.rescale(layer.down, 0, scale, x_MD, epilogue=linear.ADD)
+        else:
+            following = self.weights.layers[index + 1].act_clip[0]
+            self._add_and_normalize(sums, layer.down, x_MD, codes, scale, following)
+
+    def _add_and_normalize(
+        self, sum_MR: Any, weights: linear.UnitLinear, x_MD: Any, codes: Any, scale: Any, clip: np.float32
+    ) -> None:
+        """A linear layer's output to x_MD, in place, and what the next one takes of it."""
+        norm.add_norm_quantize(
+            *(sum_MR, weights.scale_R, weights.bias_R, x_MD, codes, scale),
+            eps=self._eps,
+            clip=clip,
+            bits=self._quantization.a_bits,
+        )
 
     def _rotate_mlp(self, z: Any, layer: Layer, buffers: Buffers, first: int = 0) -> tuple[Any, Any]:
         """Codes and scales of down_proj's input, of tokens from the first on."""
