@@ -183,16 +183,20 @@ class Network:
     ) -> None:
         """A layer for many tokens of a slot, at positions from start on; x_MD in place.
 
-        Each layer but the last leaves the normalized codes that the next one begins with.
+        Each layer but the last leaves the normalized codes that the next one begins with, and its qkv expanded: weights
+        are expanded beside attention and R4, which leave memory idle.
         """
         (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
         q, attended = many.floats("q", count), many.floats("attended", count)
         clip, r4 = layer.act_clip, self.weights.r4
         codes, scale = many.codes(x_MD.shape[1], count)
         heads, mlp = many.codes(q.shape[1], count), many.codes(self._architecture.intermediate_size, count)
+        following = self.weights.layers[index + 1 : index + 2]
         if index == 0:
+            product.expand(layer.qkv)
             norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
         sums = product.multiply(layer.qkv, codes)
+        product.expand(layer.o, layer.gate_up)
         self._rope.from_sums(
             *(sums, scale, layer.qkv.scale_R, layer.qkv.bias_R, position_M, slot_M, self.cache, index),
             *(layer.kv_clip, q, layer.qk_gain),
@@ -201,6 +205,7 @@ class Network:
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
         self._add_and_normalize(product.multiply(layer.o, heads[0]), layer.o, x_MD, codes, scale, clip[2])
         sums = product.multiply(layer.gate_up, codes)
+        product.expand(layer.down, *(each.qkv for each in following))
         if r4.takes_sums:
             r4.quantize_swiglu(sums, layer.gate_up.scale_R, layer.gate_up.bias_R, *mlp, clip=clip[3], bits=bits)
         else:
@@ -210,11 +215,10 @@ class Network:
                 product.rescale(layer.gate_up, first, scale[here], z, epilogue=linear.SWIGLU)
                 self._rotate_mlp(z, layer, many, first)
         sums = product.multiply(layer.down, mlp[0])
-        if layer is self.weights.layers[-1]:
-            product.rescale(layer.down, 0, scale, x_MD, epilogue=linear.ADD)
+        if following:
+            self._add_and_normalize(sums, layer.down, x_MD, codes, scale, following[0].act_clip[0])
         else:
-            following = self.weights.layers[index + 1].act_clip[0]
-            self._add_and_normalize(sums, layer.down, x_MD, codes, scale, following)
+            product.rescale(layer.down, 0, scale, x_MD, epilogue=linear.ADD)
 
     def _add_and_normalize(
         self, sum_MR: Any, weights: linear.UnitLinear, x_MD: Any, codes: Any, scale: Any, clip: np.float32
@@ -270,7 +274,9 @@ class Network:
     def _for_many(self) -> tuple[Buffers, gemm.Gemm]:
         """What passes of many tokens need; allocated by the first of them."""
         if self._many is None:
-            linears = [each for layer in self.weights.layers for each in layer.linears]
+            together = [
+                pair for each in self.weights.layers for pair in ((each.o, each.gate_up), (each.down, each.qkv))
+            ]
             tokens = min(PREFILL_TOKENS, self._context)
-            self._many = Buffers(self._architecture, tokens), gemm.Gemm(linears, tokens)
+            self._many = Buffers(self._architecture, tokens), gemm.Gemm(together, tokens)
         return self._many
