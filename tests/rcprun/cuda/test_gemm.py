@@ -1,5 +1,7 @@
 """Products of many tokens against the NumPy reference, exactly, and what makes codes of their sums."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
