@@ -3,16 +3,19 @@
     python examples/benchmarks/bench_linear.py --shape llama-2-7b --batch 1 --batch 8 --peers --json linear.json
 
 --peers measures float16 by cuBLAS, torch's int4 and GemLite in the same run (peers.py). --json also saves a picture of
-the bandwidth reached beside it. Weights are random and larger than any cache. "linear": codes in, floats out. "fused":
-with the normalization, quantization, residual sum and SwiGLU that decoding fuses into them.
+the bandwidth reached beside it (roofline.py). Weights are random and larger than any cache. "linear": codes in, floats
+out. "fused": with the normalization, quantization, residual sum and SwiGLU that decoding fuses into them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,10 @@ import cupy
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats", "runtime")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats", "runtime", "examples/benchmarks")]
+
+import peers  # noqa: E402
+import roofline  # noqa: E402
 
 import shapes  # noqa: E402
 from rcpformat.architecture import Architecture  # noqa: E402
@@ -138,79 +144,96 @@ class Model:
         return launch
 
 
-def measure_peers(a: Architecture, batches: tuple[int, ...]) -> list[tuple[str, int, float, int]]:
-    """(name, batch, seconds, bytes) of the same layers by others; q, k, v and gate, up are joined as ours are."""
-    import peers
+def measure_peer(name: str, a: Architecture, batches: tuple[int, ...], limit: float) -> dict[int, float]:
+    """Seconds of the same layers by someone else, of each batch size; q, k, v and gate, up are joined as ours are.
 
+    In a process of its own, which may fail or take longer than the limit: what it found until then, and a line why.
+    """
+    command = [sys.executable, str(peers.__file__), "--peer", name, "--layers", str(a.num_layers)]
+    for n, k in linear_shapes(a):
+        command += ["--linear", f"{n}x{k}"]
+    for batch in batches:
+        command += ["--batch", str(batch)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+        try:
+            found, errors = child.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
+            found, _ = child.communicate()
+            errors = f"not done after {limit:g} s"
+    if child.returncode:
+        click.echo(f"{name}: not measured, or not all: {(errors.strip() or str(child.returncode)).splitlines()[-1]}")
+    rows = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
+    return {row["batch"]: row["seconds"] for row in rows}
+
+
+def linear_shapes(a: Architecture) -> list[tuple[int, int]]:
+    """Outputs and inputs of a layer's linear layers."""
     heads, kv, hidden = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, a.hidden_size
-    layer = [
+    return [
         (heads + 2 * kv, hidden),
         (hidden, heads),
         (2 * a.intermediate_size, hidden),
         (hidden, a.intermediate_size),
     ]
-    weights = a.num_layers * sum(n * k for n, k in layer)
-    bits = {"torch float16": 16.0, "torch int4": 4.25, "GemLite 4-bit": 4.25, "GemLite 2-bit": 2.25}
-    rows = []
-    for name, make in peers.PEERS.items():
-        for batch in batches:
-            try:
-                seconds = peers.graph_seconds(make, layer, a.num_layers, batch)
-            except (ImportError, RuntimeError) as error:
-                click.echo(f"{name}: not measured: {str(error).splitlines()[0]}")
-                break
-            rows.append((name, batch, seconds, int(weights * bits[name] / 8)))
-    return rows
 
 
-def draw(path: Path, rows: list[dict[str, Any]], bandwidth: float) -> None:
-    """Bandwidth that each row reached, beside what the GPU can read."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
-    labels = [f"{row['shape']}, batch {row['batch']}: {row['what']}" for row in rows]
-    axes.barh(labels, [row["bytes"] / row["us"] / 1e6 for row in rows])
-    axes.axvline(bandwidth / 1e12, color="black", linestyle="--", label="read bandwidth, measured")
-    axes.invert_yaxis()
-    axes.set_xlabel("weights read, TB/s")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+def measure(
+    name: str, batches: tuple[int, ...], runs: int, chosen: Sequence[str], limit: float
+) -> Iterator[tuple[str, int, float, int]]:
+    """What was measured, the batch, seconds, and bytes of weights: of our layers, then of those of the chosen peers."""
+    a = SHAPES[name]
+    model = Model(a)
+    for batch in batches:
+        for form in ("linear", "fused"):
+            yield form, batch, graph_seconds(model.run(batch, form == "fused"), runs), model.nbytes
+    weights = a.num_layers * sum(n * k for n, k in linear_shapes(a))
+    for peer in chosen:
+        for batch, seconds in measure_peer(peer, a, batches, limit).items():
+            yield peer, batch, seconds, int(weights * peers.PEERS[peer].bits / 8)
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, default=["llama-2-7b"])
 @click.option("--batch", "batches", type=click.IntRange(1, 8), multiple=True, default=[1, 8])
 @click.option("--runs", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--peers", is_flag=True, help="Also measure other people's kernels; needs torch.")
+@click.option("--peer", "chosen", type=click.Choice(list(peers.PEERS)), multiple=True, help="Also measure this one.")
+@click.option("--peers", "every_peer", is_flag=True, help="Also measure all of them; needs torch and gemlite.")
+@click.option("--peer-limit", type=float, default=120, show_default=True, help="Seconds that a peer may take.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
-def main(names: tuple[str, ...], batches: tuple[int, ...], runs: int, peers: bool, json_path: Path | None) -> None:
-    """Measure, print a table, and write it where asked."""
+def main(
+    names: tuple[str, ...],
+    batches: tuple[int, ...],
+    runs: int,
+    chosen: tuple[str, ...],
+    every_peer: bool,
+    peer_limit: float,
+    json_path: Path | None,
+) -> None:
+    """Measure, print a table, and write it where asked, row by row."""
     bandwidth = read_bandwidth()
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     click.echo(f"{gpu}: reads {bandwidth / 1e12:.2f} TB/s")
-    rows = []
+    report: dict[str, Any] = {"gpu": gpu, "read_bandwidth": bandwidth, "rows": []}
     for name in names:
-        model = Model(SHAPES[name])
-        limit, found = model.nbytes / bandwidth, []
-
-        click.echo(f"{name:16} limit {limit * 1e6:.1f} µs")
-        for batch in batches:
-            for form in ("linear", "fused"):
-                seconds = graph_seconds(model.run(batch, form == "fused"), runs)
-                found.append((form, batch, seconds, model.nbytes))
-        if peers:
-            found += measure_peers(SHAPES[name], batches)
-        for what, batch, seconds, nbytes in found:
-            row = {"shape": name, "batch": batch, "what": what, "us": seconds * 1e6, "limit_us": limit * 1e6}
-            rows.append(row | {"bytes": nbytes})
-            speed = nbytes / seconds / 1e12
-            click.echo(f"{name:16} batch {batch}  {what:14} {seconds * 1e6:9.1f} µs, {speed:.2f} TB/s")
+        for what, batch, seconds, nbytes in measure(
+            name, batches, runs, list(peers.PEERS) if every_peer else chosen, peer_limit
+        ):
+            row = {"shape": name, "batch": batch, "what": what, "us": seconds * 1e6, "bytes": nbytes}
+            row["limit_us"] = nbytes / bandwidth * 1e6
+            report["rows"].append(row)
+            click.echo(
+                f"{name:16} batch {batch}  {what:14} {row['us']:9.1f} µs, {nbytes / seconds / 1e12:.2f} TB/s, "
+                f"{row['limit_us'] / row['us']:4.0%} of what can be read"
+            )
+            if json_path:
+                json_path.write_text(json.dumps(report, indent=2) + "\n")
     if json_path:
-        json_path.write_text(json.dumps({"gpu": gpu, "read_bandwidth": bandwidth, "rows": rows}, indent=2) + "\n")
-        draw(json_path.with_suffix(".png"), rows, bandwidth)
+        try:
+            roofline.draw([report], json_path.with_suffix(".png"))
+        except ImportError as error:
+            click.echo(f"no picture: {error}; roofline.py draws it from the JSON", err=True)
 
 
 if __name__ == "__main__":
