@@ -10,10 +10,7 @@ out. "fused": with the normalization, quantization, residual sum and SwiGLU that
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -144,32 +141,8 @@ class Model:
         return launch
 
 
-def measure_peer(name: str, a: Architecture, batches: tuple[int, ...], limit: float) -> dict[int, float]:
-    """Seconds of the same layers by someone else, of each batch size; q, k, v and gate, up are joined as ours are.
-
-    In a process of its own, which may fail or take longer than the limit: what it found until then, and a line why.
-    """
-    command = [sys.executable, str(peers.__file__), "--peer", name, "--layers", str(a.num_layers)]
-    for n, k in linear_shapes(a):
-        command += ["--linear", f"{n}x{k}"]
-    for batch in batches:
-        command += ["--batch", str(batch)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
-        try:
-            found, errors = child.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
-            found, _ = child.communicate()
-            errors = f"not done after {limit:g} s"
-    if child.returncode:
-        click.echo(f"{name}: not measured, or not all: {(errors.strip() or str(child.returncode)).splitlines()[-1]}")
-    rows = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
-    return {row["batch"]: row["seconds"] for row in rows}
-
-
 def linear_shapes(a: Architecture) -> list[tuple[int, int]]:
-    """Outputs and inputs of a layer's linear layers."""
+    """Outputs and inputs of a layer's linear layers; q, k, v and gate, up are joined."""
     heads, kv, hidden = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, a.hidden_size
     return [
         (heads + 2 * kv, hidden),
@@ -190,7 +163,7 @@ def measure(
             yield form, batch, graph_seconds(model.run(batch, form == "fused"), runs), model.nbytes
     weights = a.num_layers * sum(n * k for n, k in linear_shapes(a))
     for peer in chosen:
-        for batch, seconds in measure_peer(peer, a, batches, limit).items():
+        for batch, seconds in peers.measure(peer, linear_shapes(a), a.num_layers, batches, limit).items():
             yield peer, batch, seconds, int(weights * peers.PEERS[peer].bits / 8)
 
 

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -161,6 +164,28 @@ def graph_seconds(name: str, shapes: list[Shape], layers: int, batch: int) -> fl
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times[3:])
+
+
+def measure(name: str, shapes: list[Shape], layers: int, batches: Sequence[int], limit: float) -> dict[int, float]:
+    """graph_seconds of each batch size, found by a process of its own, which may fail or take longer than the limit.
+
+    Then what it found until then, and a line that says why.
+    """
+    command = [sys.executable, __file__, "--peer", name, "--layers", str(layers)]
+    command += [part for n, k in shapes for part in ("--linear", f"{n}x{k}")]
+    command += [part for batch in batches for part in ("--batch", str(batch))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+        try:
+            found, errors = child.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
+            found, _ = child.communicate()
+            errors = f"not done after {limit:g} s"
+    if child.returncode:
+        click.echo(f"{name}: not measured, or not all: {(errors.strip() or str(child.returncode)).splitlines()[-1]}")
+    rows = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
+    return {row["batch"]: row["seconds"] for row in rows}
 
 
 def parse_shape(_context: object, _option: object, values: tuple[str, ...]) -> list[Shape]:
