@@ -2,10 +2,14 @@
 
     python examples/benchmarks/bench_token.py 7b.rcp --depth 512 --json token.json
 
-"alone": all launches of an operation in one token, those of all layers, in a CUDA graph of their own. "adds": how much
-faster the whole token is without them. Launches overlap, so that neither need sum to the whole. "limit": the weights,
-or the part of the KV cache, that the operation reads, at the read bandwidth measured. The operations are those that
-decoding launches (CudaBackend.operations), whatever they are. With --batch, a step of several sequences.
+How to read it. "alone": all launches of an operation in one token, those of all layers, in a CUDA graph of their own,
+each begun when the one before has ended. "each" is that divided by their count, so it holds what a kernel needs to
+start, to fetch its first data and to end: a microsecond or two, most of a short kernel. In the whole token, kernels
+start while the ones before them run, and that is hidden: "overlap saves" is the sum of all operations alone less
+the whole. "limit": the weights, or the part of the KV cache, that the operation reads, at the read bandwidth measured.
+
+The operations are those that decoding launches (CudaBackend.operations), whatever they are. With --batch, a step of
+several sequences.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("formats", "runtime")]
 
 from rcpformat.reader import RcpFile  # noqa: E402
 from rcprun.backends.cuda.backend import CudaBackend, kind_for  # noqa: E402
+from rcprun.backends.cuda.launch import serialized  # noqa: E402
 from rcprun.backends.cuda.network import Operation  # noqa: E402
 from rcprun.bench import cache_bytes  # noqa: E402
 from rcprun.sampling import SamplingOptions  # noqa: E402
@@ -55,13 +60,14 @@ class Bench:
         return statistics.median(times[2:])
 
     def alone(self, chosen: list[Operation]) -> float:
-        """Of these operations by themselves."""
-        copies = -(-LAUNCHES // len(chosen))
-        return self.seconds(chosen * copies) / copies
+        """Of these operations by themselves, one after another.
 
-    def without(self, name: str) -> float:
-        """Of the whole token but the operations of this name."""
-        return self.seconds(operation for operation in self.operations if operation.name != name)
+        A whole step comes before: what they wait for has the number of the last one, and the first operation counts it.
+        """
+        self.backend.timed(self.operations, self._batch, self._options, 1, 1)
+        copies = -(-LAUNCHES // len(chosen))
+        with serialized():
+            return self.seconds(chosen * copies) / copies
 
 
 def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, runs: int) -> dict[str, Any]:
@@ -79,7 +85,6 @@ def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, run
                 "operation": name,
                 "count": len(chosen),
                 "alone_us": bench.alone(chosen) * 1e6,
-                "adds_us": (whole - bench.without(name)) * 1e6,
                 "bytes": nbytes,
                 "limit_us": nbytes / bandwidth * 1e6,
             }
@@ -102,20 +107,31 @@ def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, run
 def show(report: dict[str, Any]) -> None:
     """A markdown table, and what was measured on what."""
     rows, whole = report["rows"], report["whole_us"]
-    totals = {key: sum(row[key] for row in rows) for key in ("count", "alone_us", "adds_us", "limit_us")}
-    click.echo(f"| {'operation':12} | {'count':>5} | {'each, µs':>8} | {'alone, µs':>9} | {'of whole':>8} | ", nl=False)
-    click.echo(f"{'adds, µs':>8} | {'limit, µs':>9} | {'of limit':>8} |")
-    click.echo(f"| {'-' * 12} | ----: | -------: | --------: | -------: | -------: | --------: | -------: |")
-    for row in [*rows, {"operation": "sum", **totals}]:
-        alone, limit, count = row["alone_us"], row["limit_us"], row["count"]
-        each = "" if row["operation"] == "sum" else f"{alone / count:.2f}"
-        click.echo(
-            f"| {row['operation']:12} | {count:5} | {each:>8} | {alone:9.1f} | {alone / whole:8.1%} | "
-            f"{row['adds_us']:8.1f} | {limit:9.1f} | {f'{limit / alone:.1%}' if limit >= 0.1 else '':>8} |"
-        )
+    count, alone, limit = (sum(row[key] for row in rows) for key in ("count", "alone_us", "limit_us"))
+
+    def line(name: str, count: int | None, us: float, limit: float) -> None:
+        limited = limit >= 0.1
+        cells = [
+            f"{name:16}",
+            f"{count or '':>5}",
+            f"{us / count:8.2f}" if count else " " * 8,
+            f"{us:9.1f}",
+            f"{us / alone:6.1%}",
+            f"{limit:9.1f}" if limited else " " * 9,
+            f"{limit / us:8.1%}" if limited else " " * 8,
+        ]
+        click.echo(f"| {' | '.join(cells)} |")
+
+    click.echo(f"| {'operation':16} | count | each, µs | alone, µs | of sum | limit, µs | of limit |")
+    click.echo(f"| {'-' * 16} | ----: | -------: | --------: | -----: | --------: | -------: |")
+    for row in rows:
+        line(row["operation"], row["count"], row["alone_us"], row["limit_us"])
+    line("sum", count, alone, limit)
+    line("whole token", None, whole, limit)
+    line("overlap saves", None, alone - whole, 0)
     click.echo(
         f"\nthe whole token: {whole:.1f} µs ({report['whole_again_us']:.1f} measured again at the end), "
-        f"{report['batch'] * 1e6 / whole:.1f} tokens/s; its limit {totals['limit_us']:.1f} µs"
+        f"{report['batch'] * 1e6 / whole:.1f} tokens/s"
     )
     click.echo(
         f"{report['file']}: depth {report['depth']}, batch {report['batch']}, {report['sampling']}; {report['gpu']}, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -24,6 +26,18 @@ _SCALARS: dict[type, Any] = {
     np.float32: ctypes.c_float,
 }
 _DEFAULT_SHARED = 48 * 1024
+_may_overlap: ContextVar[bool] = ContextVar("_may_overlap", default=True)
+
+
+@contextmanager
+def serialized() -> Iterator[None]:
+    """Kernels launched within start when the one before has ended, whatever their launch says: to time them one by one,
+    and for tools that slow them down."""
+    token = _may_overlap.set(False)
+    try:
+        yield
+    finally:
+        _may_overlap.reset(token)
 
 
 def check(array: cupy.ndarray, name: str, dtype: Any, shape: tuple[int | None, ...]) -> cupy.ndarray:
@@ -71,7 +85,7 @@ class Kernel:
         config.sharedMemBytes = shared
         config.hStream = driver.CUstream(cupy.cuda.get_current_stream().ptr)
         attributes = []
-        if overlap and self._hopper:
+        if overlap and self._hopper and _may_overlap.get():
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
