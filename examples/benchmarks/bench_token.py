@@ -5,8 +5,10 @@
 How to read it. "alone": all launches of an operation in one token, those of all layers, in a CUDA graph of their own,
 each begun when the one before has ended. "each" is that divided by their count, so it holds what a kernel needs to
 start, to fetch its first data and to end: a microsecond or two, most of a short kernel. In the whole token, kernels
-start while the ones before them run, and that is hidden: "overlap saves" is the sum of all operations alone less
+start while the ones before them run, and that is hidden: "overlapping saves" is the sum of all operations alone less
 the whole. "limit": the weights, or the part of the KV cache, that the operation reads, at the read bandwidth measured.
+--adds: also how much faster the whole token is without an operation, which need not sum to the whole either. It needs
+kernels that wait for the one before them, not for its numbers, which then would not come.
 
 The operations are those that decoding launches (CudaBackend.operations), whatever they are. With --batch, a step of
 several sequences.
@@ -69,8 +71,14 @@ class Bench:
         with serialized():
             return self.seconds(chosen * copies) / copies
 
+    def without(self, name: str) -> float:
+        """Of the whole token but the operations of this name."""
+        return self.seconds(operation for operation in self.operations if operation.name != name)
 
-def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, runs: int) -> dict[str, Any]:
+
+def measure(
+    file: RcpFile, depth: int, batch: int, options: SamplingOptions, runs: int, *, adds: bool = False
+) -> dict[str, Any]:
     """All of the table, in µs and bytes."""
     bench = Bench(file, depth, batch, options, runs)
     bandwidth = bench.backend.read_bandwidth()
@@ -85,6 +93,7 @@ def measure(file: RcpFile, depth: int, batch: int, options: SamplingOptions, run
                 "operation": name,
                 "count": len(chosen),
                 "alone_us": bench.alone(chosen) * 1e6,
+                "adds_us": (whole - bench.without(name)) * 1e6 if adds else None,
                 "bytes": nbytes,
                 "limit_us": nbytes / bandwidth * 1e6,
             }
@@ -109,29 +118,29 @@ def show(report: dict[str, Any]) -> None:
     rows, whole = report["rows"], report["whole_us"]
     count, alone, limit = (sum(row[key] for row in rows) for key in ("count", "alone_us", "limit_us"))
 
-    def line(name: str, count: int | None, us: float, limit: float) -> None:
-        limited = limit >= 0.1
+    def line(name: str, us: float, *, count: int = 0, limit: float = 0, adds: float | None = None) -> None:
         cells = [
             f"{name:16}",
             f"{count or '':>5}",
             f"{us / count:8.2f}" if count else " " * 8,
             f"{us:9.1f}",
             f"{us / alone:6.1%}",
-            f"{limit:9.1f}" if limited else " " * 9,
-            f"{limit / us:8.1%}" if limited else " " * 8,
+            *([] if adds is None else [f"{adds:8.1f}"]),
+            f"{limit:9.1f}" if limit >= 0.1 else " " * 9,
+            f"{limit / us:8.1%}" if limit >= 0.1 else " " * 8,
         ]
         click.echo(f"| {' | '.join(cells)} |")
 
-    click.echo(f"| {'operation':16} | count | each, µs | alone, µs | of sum | limit, µs | of limit |")
-    click.echo(f"| {'-' * 16} | ----: | -------: | --------: | -----: | --------: | -------: |")
+    heading, rule = ("", "") if rows[0]["adds_us"] is None else (" adds, µs |", " -------: |")
+    click.echo(f"| {'operation':16} | count | each, µs | alone, µs | of sum |{heading} limit, µs | of limit |")
+    click.echo(f"| {'-' * 16} | ----: | -------: | --------: | -----: |{rule} --------: | -------: |")
     for row in rows:
-        line(row["operation"], row["count"], row["alone_us"], row["limit_us"])
-    line("sum", count, alone, limit)
-    line("whole token", None, whole, limit)
-    line("overlap saves", None, alone - whole, 0)
+        line(row["operation"], row["alone_us"], count=row["count"], limit=row["limit_us"], adds=row["adds_us"])
     click.echo(
-        f"\nthe whole token: {whole:.1f} µs ({report['whole_again_us']:.1f} measured again at the end), "
-        f"{report['batch'] * 1e6 / whole:.1f} tokens/s"
+        f"\nall operations one after another: {alone:.1f} µs for {count}\n"
+        f"the whole token: {whole:.1f} µs ({report['whole_again_us']:.1f} measured again at the end), "
+        f"{report['batch'] * 1e6 / whole:.1f} tokens/s; its limit {limit:.1f} µs, {limit / whole:.1%}\n"
+        f"so overlapping saves {alone - whole:.1f} µs, {1 - whole / alone:.1%}"
     )
     click.echo(
         f"{report['file']}: depth {report['depth']}, batch {report['batch']}, {report['sampling']}; {report['gpu']}, "
@@ -146,12 +155,13 @@ def show(report: dict[str, Any]) -> None:
 @click.option("-d", "--depth", type=click.IntRange(1), default=512, show_default=True, help="Tokens before this one.")
 @click.option("-b", "--batch", type=click.IntRange(1, 8), default=1, show_default=True, help="Sequences.")
 @click.option("--drawn", is_flag=True, help="Draw the token by the default options; else it is the likeliest.")
+@click.option("--adds", is_flag=True, help="Also measure the token without each operation.")
 @click.option("--runs", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write all of it here.")
-def main(model: Path, depth: int, batch: int, drawn: bool, runs: int, json_path: Path | None) -> None:
+def main(model: Path, depth: int, batch: int, drawn: bool, adds: bool, runs: int, json_path: Path | None) -> None:
     """Measure, print a table, and write it where asked."""
     options = SamplingOptions() if drawn else SamplingOptions(temperature=0.0)
-    report = measure(RcpFile.open(model), depth, batch, options, runs)
+    report = measure(RcpFile.open(model), depth, batch, options, runs, adds=adds)
     show(report)
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -8,14 +8,19 @@ A row of panels for each model, a panel for each batch size, a bar for each kind
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-OURS = {"linear": "rcprun 2-bit", "fused": "rcprun 2-bit, fused"}
-COLOURS = {"linear": "#1f5fa8", "fused": "#6fa3dc"}
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers import PEERS
+
+OURS = ("#1f5fa8", "#6fa3dc", "#a9c8ea")
+"""Colours of our layers, in the order of the rows."""
 OTHERS = "#b8bcc2"
 BAR_INCHES = 0.3
 
@@ -61,7 +66,8 @@ def _panel(axes: Any, kinds: list[str], found: dict[str, dict[str, Any]], bandwi
             axes.annotate("not measured", (0, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
             continue
         speed = found[kind]["bytes"] / found[kind]["us"] / 1e6
-        axes.barh(place, speed, color=COLOURS.get(kind, OTHERS), height=0.72)
+        colour = OTHERS if kind in PEERS else OURS[min(place, len(OURS) - 1)]
+        axes.barh(place, speed, color=colour, height=0.72)
         inside = speed > 0.45 * bandwidth
         axes.annotate(
             f"{found[kind]['us']:,.0f} µs, {speed:.2f} TB/s",
@@ -71,10 +77,10 @@ def _panel(axes: Any, kinds: list[str], found: dict[str, dict[str, Any]], bandwi
             ha="right" if inside else "left",
             va="center",
             fontsize=8,
-            color="white" if inside and kind == "linear" else "black",
+            color="white" if inside and colour == OURS[0] else "black",
         )
     axes.axvline(bandwidth, color="black", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(kinds)), [OURS.get(kind, kind) for kind in kinds], fontsize=9)
+    axes.set_yticks(range(len(kinds)), [kind if kind in PEERS else f"ours 2-bit, {kind}" for kind in kinds], fontsize=9)
     axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set_xlim(0, 1.06 * bandwidth)
     axes.spines[["top", "right"]].set_visible(False)

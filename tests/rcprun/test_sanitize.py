@@ -44,3 +44,18 @@ def test_a_tool_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     result = run(tmp_path, "/bin/sleep 60", "--tool", "memcheck", "--limit", 1)
     assert result.returncode == 1
     assert "memcheck: not done after 1 s" in result.stdout
+
+
+def test_tools_run_side_by_side_on_what_was_asked_for(tmp_path: Path) -> None:
+    """Each waits until all have begun."""
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    sanitizer = f"""echo "$@"; : > {folder}/$2
+        for turn in 1 2 3 4 5 6 7 8 9 10; do
+            [ -e {folder}/memcheck ] && [ -e {folder}/racecheck ] && [ -e {folder}/initcheck ] && exit 0
+            /bin/sleep 1
+        done
+        exit 1"""
+    result = run(tmp_path, sanitizer, "--no-graphs", "--serialized")
+    assert result.returncode == 0, result.stdout
+    assert "--plain --no-graphs --serialized" in (tmp_path / "logs" / "racecheck.log").read_text()

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Measures all that is said of the CUDA backend's speed, in about 7 minutes on one GPU, what matters most first.
+#
+#     examples/benchmarks/gpu_suite.sh OUT [PART...]
+#
+# Each part has a time limit and may fail. As soon as one is done, its output is in OUT/suite.txt, and all outputs,
+# JSON and pictures are in OUT/results.tar.gz. Parts: model bench linear token-512 token-16384 token-8 hadamard sanitizer
+# others token-drawn. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
+set -u
+cd "$(dirname "$0")/../.."
+out=$(realpath -m "$1")
+shift
+parts=" ${*:-every} "
+py=${PY:-python3}
+end=${SECONDS_IN_ALL:-420}
+export PYTHONPATH="$PWD:$PWD/formats:$PWD/runtime${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+models=${TMPDIR:-/tmp}/rcp-suite-models
+work=$(mktemp -d)
+mkdir -p "$out" "$models"
+trap 'rm -rf "$work"' EXIT
+
+# part NAME LIMIT COMMAND...: its output, at most LIMIT seconds of it, and where that leaves the results.
+part() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    [[ $parts == *" every "* || $parts == *" $name "* ]] || return 0
+    ((limit = end - began < limit ? end - began : limit))
+    if ((limit < 10)); then
+        echo "== $name: no time left" | tee -a "$out/suite.txt"
+        return 0
+    fi
+    timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1
+    status=$?
+    {
+        echo "== $name: status $status after $((SECONDS - began)) of at most $limit s: ${*//$PWD\//}"
+        tail -c 6000 "$work/$name.txt"
+    } | tee -a "$out/suite.txt"
+    tar -C "$work" -czf "$out/results.tmp" . && mv "$out/results.tmp" "$out/results.tar.gz"
+}
+
+here=examples/benchmarks
+seven=$models/7b.rcp demo=$models/demo.rcp
+make_models() {
+    nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader
+    git log -1 --format='%h %s' 2>/dev/null
+    "$py" examples/make_synthetic_rcp.py demo "$demo" --layers 1 --force &
+    "$py" examples/make_synthetic_rcp.py llama-2-7b "$seven" --context 32768 --force
+    wait
+}
+export -f make_models
+export py seven demo
+
+part model 90 bash -c make_models
+part bench 90 "$py" -m rcprun bench "$seven" --backend cuda -b 1,8 -r 3 --json "$work/bench.json"
+part linear 200 "$py" $here/bench_linear.py --peers --peer-limit 75 --json "$work/linear-7b.json"
+part token-512 30 "$py" $here/bench_token.py "$seven" --depth 512 --json "$work/token-512.json"
+part token-16384 30 "$py" $here/bench_token.py "$seven" --depth 16384 --json "$work/token-16384.json"
+part token-8 30 "$py" $here/bench_token.py "$seven" --depth 512 --batch 8 --json "$work/token-8.json"
+part hadamard 20 "$py" $here/bench_hadamard.py --json "$work/hadamard.json"
+part sanitizer 150 "$py" $here/sanitize.py "$demo" --no-graphs --serialized --limit 120 --logs "$work/sanitizer"
+part others 100 "$py" $here/bench_linear.py --shape llama-3.2-1b --shape llama-3.2-3b --shape llama-3-8b \
+    --shape llama-2-13b --peer "torch float16" --peer-limit 25 --json "$work/linear-others.json"
+part picture 10 "$py" $here/roofline.py "$work/roofline.png" "$work/linear-7b.json" "$work/linear-others.json"
+part token-drawn 30 "$py" $here/bench_token.py "$seven" --depth 512 --drawn --json "$work/token-drawn.json"
