@@ -10,6 +10,7 @@ out. "fused": with the normalization, quantization, residual sum and SwiGLU that
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -185,6 +186,7 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Measure, print a table, and write it where asked, row by row."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # with the peers' processes
     bandwidth = read_bandwidth()
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     click.echo(f"{gpu}: reads {bandwidth / 1e12:.2f} TB/s")

@@ -52,7 +52,7 @@ export py seven demo
 
 part model 90 bash -c make_models
 part bench 90 "$py" -m rcprun bench "$seven" --backend cuda -b 1,8 -r 3 --json "$work/bench.json"
-part linear 200 "$py" $here/bench_linear.py --peers --peer-limit 75 --json "$work/linear-7b.json"
+part linear 260 "$py" $here/bench_linear.py --peers --peer-limit 90 --json "$work/linear-7b.json"
 part token-512 30 "$py" $here/bench_token.py "$seven" --depth 512 --json "$work/token-512.json"
 part token-16384 30 "$py" $here/bench_token.py "$seven" --depth 16384 --json "$work/token-16384.json"
 part token-8 30 "$py" $here/bench_token.py "$seven" --depth 512 --batch 8 --json "$work/token-8.json"

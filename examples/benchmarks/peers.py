@@ -169,7 +169,7 @@ def graph_seconds(name: str, shapes: list[Shape], layers: int, batch: int) -> fl
 def measure(name: str, shapes: list[Shape], layers: int, batches: Sequence[int], limit: float) -> dict[int, float]:
     """graph_seconds of each batch size, found by a process of its own, which may fail or take longer than the limit.
 
-    Then what it found until then, and a line that says why.
+    Then what it found until then, and a line that says why. It ends where this function ends by an exception, too.
     """
     command = [sys.executable, __file__, "--peer", name, "--layers", str(layers)]
     command += [part for n, k in shapes for part in ("--linear", f"{n}x{k}")]
@@ -179,9 +179,12 @@ def measure(name: str, shapes: list[Shape], layers: int, batches: Sequence[int],
         try:
             found, errors = child.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
+            os.killpg(child.pid, signal.SIGKILL)
             found, _ = child.communicate()
             errors = f"not done after {limit:g} s"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
     if child.returncode:
         click.echo(f"{name}: not measured, or not all: {(errors.strip() or str(child.returncode)).splitlines()[-1]}")
     rows = [json.loads(line) for line in found.splitlines() if line.startswith("{")]

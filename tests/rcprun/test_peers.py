@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +73,22 @@ def test_what_takes_too_long_is_ended(
     """
     assert measured(peers, tmp_path, monkeypatch, code, 2) == {1: 0.5}
     assert "not done after 2 s" in capsys.readouterr().out
+
+
+def test_a_peer_ends_with_the_process_that_asked(tmp_path: Path) -> None:
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text("import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(60)\n")
+    code = "import peers, signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
+    code += f"peers.__file__ = {str(stand_in)!r}; peers.measure('torch int4', [(8, 8)], 1, [1], 60)"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {code}"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as asking:
+        while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
+            assert asking.poll() is None
+            time.sleep(0.05)
+        asking.terminate()
+        assert asking.wait(30) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "begun").read_text()), 0)
 
 
 def test_a_picture_is_drawn_of_what_there_is(tmp_path: Path) -> None:
