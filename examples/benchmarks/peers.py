@@ -115,10 +115,12 @@ def compile_gemlite(name: str, shape: Shape, batch: int, part: int) -> None:
     for tuner, configs in zip(tuners, every, strict=True):
         tuner.do_bench, tuner.configs = launch_once, configs[part::PARTS]
         tuner.cache.clear()  # of what another part found
-    PEERS[name].make(*shape)(torch.zeros(batch, shape[1], dtype=torch.float16, device="cuda"))
-    torch.cuda.synchronize()
-    for tuner, configs in zip(tuners, every, strict=True):
-        tuner.configs = configs
+    try:
+        PEERS[name].make(*shape)(torch.zeros(batch, shape[1], dtype=torch.float16, device="cuda"))
+        torch.cuda.synchronize()
+    finally:
+        for tuner, configs in zip(tuners, every, strict=True):
+            tuner.configs = configs
 
 
 def prepare_gemlite(name: str, shapes: list[Shape], batches: tuple[int, ...]) -> None:
@@ -127,9 +129,7 @@ def prepare_gemlite(name: str, shapes: list[Shape], batches: tuple[int, ...]) ->
 
     tasks = [(shape, batch, part) for shape in dict.fromkeys(shapes) for batch in batches for part in range(PARTS)]
     with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
-        wait(
-            [pool.submit(compile_gemlite, name, *task) for task in tasks]
-        )  # what fails is tried again when it is timed
+        wait([pool.submit(compile_gemlite, name, *task) for task in tasks])  # errors come again when it is timed
     for tuner in gemlite_tuners():
         tuner.do_bench = partial(do_bench, warmup=5, rep=20)  # ms; with Triton's 25 and 100 it would take minutes
 
