@@ -24,10 +24,10 @@ STORE, ADD, SWIGLU = 0, 1, 2
 _WARPS, _STAGE_UNITS = 16, 2
 _PLANE_BYTES = 272
 """Of shared memory for the planes of a unit, where products go by them."""
-_MOST_SLOTS, _MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 5, 3, 2
-"""Pieces of weights in shared memory (kernels/stream.cuh), at most for one token and for several, and at least."""
-_HALF_SHARED = 112 * 1024
-"""Of shared memory, for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
+_MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 3, 2
+"""Pieces of weights in shared memory (kernels/stream.cuh): at most for several tokens, and at least."""
+HALF_SHARED = 112 * 1024
+"""Bytes of shared memory for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
 _FLIGHT = 3
 """Pieces asked for at a time, once the activations are there."""
 
@@ -103,6 +103,7 @@ def linear(
     x_scale: Any | None = None,
     clip: np.float32 | None = None,
     eps: float = 0.0,
+    shared_limit: int = HALF_SHARED,
     overlap: bool = False,
     hopper: bool = True,
 ) -> None:
@@ -110,6 +111,7 @@ def linear(
 
     NORMALIZE and QUANTIZE, of one token, take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs
     interleaved weights.
+    shared_limit: bytes of shared memory that a block takes, at most, where its weights leave a choice.
     overlap: start while the kernel before still runs.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
@@ -127,7 +129,9 @@ def linear(
     shared = spec.ceil_div(weights.tiles, weights.blocks) * TILE_ROWS * 4 * (tokens + 2)
     shared += weights.units * _PLANE_BYTES if planes else tokens * (weights.units * UNIT_COLUMNS + 16)
     piece = _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
-    slots = max(_LEAST_SLOTS, min(_MOST_SLOTS if m == 1 else _MOST_SLOTS_FOR_FEW, (_HALF_SHARED - shared) // piece))
+    pieces = spec.ceil_div(spec.ceil_div(weights.tiles, weights.blocks) * weights.units // _STAGE_UNITS, _WARPS)
+    most = pieces if m == 1 else min(pieces, _MOST_SLOTS_FOR_FEW)
+    slots = max(_LEAST_SLOTS, min(most, (shared_limit - shared) // piece))
     defines = {
         "CHANNELS": weights.k,
         "GROUP": weights.group,

@@ -30,6 +30,9 @@ from rcprun.backends.cuda.weights import Layer, Weights
 PREFILL_TOKENS = 2048
 """Tokens that go through all layers at a time, at most: each pass expands all weights."""
 _HEAD_CLIP = np.float32(1)
+_SHARED = {"qkv": linear.HALF_SHARED, "o": linear.HALF_SHARED, "gate_up": 160 << 10, "down": 66 << 10}
+"""Bytes of shared memory of a linear layer's blocks. Neighbours share a multiprocessor: o has few weights, so that gate_up,
+which has most, can take more than half, and down less."""
 
 
 class Operation(NamedTuple):
@@ -108,7 +111,7 @@ class Network:
         def product(
             name: str, weights: linear.UnitLinear, x: Any, out: Any, clip: np.float32, prologue: int, epilogue: int
         ) -> Operation:
-            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue)
+            launch = partial(self._linear_of_few, weights, x, out, clip, prologue, epilogue, _SHARED[name])
             return Operation(name, launch, weights.nbytes)
 
         clip, gain = layer.act_clip, layer.qk_gain
@@ -134,6 +137,7 @@ class Network:
             epilogue=linear.ADD,
             a_bits=self._quantization.a_bits,
             x_scale=scale,
+            shared_limit=_SHARED["down"],
             overlap=True,
         )
         yield Operation("down", down, layer.down.nbytes)
@@ -146,6 +150,7 @@ class Network:
         clip: np.float32,
         prologue: int,
         epilogue: int,
+        shared_limit: int,
     ) -> None:
         """A linear layer of floats. Of one token each block quantizes the input; of several a kernel does it before."""
         bits, eps = self._quantization.a_bits, self._eps
@@ -159,6 +164,7 @@ class Network:
                 a_bits=bits,
                 clip=clip,
                 eps=float(eps),
+                shared_limit=shared_limit,
                 overlap=True,
             )
             return
