@@ -27,7 +27,8 @@ _PLANE_BYTES = 272
 _MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 3, 2
 """Pieces of weights in shared memory (kernels/stream.cuh): at most for several tokens, and at least."""
 HALF_SHARED = 112 * 1024
-"""Bytes of shared memory for one of a multiprocessor's two blocks: the next layer's first weights come during this one."""
+"""Bytes of shared memory for one of a multiprocessor's two blocks: the next layer's first weights come during this
+one."""
 _FLIGHT = 3
 """Pieces asked for at a time, once the activations are there."""
 
