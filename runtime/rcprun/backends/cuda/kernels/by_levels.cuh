@@ -33,16 +33,16 @@ struct Product {
     // The next stage is this one of its tile.
     __device__ __forceinline__ void seek(int stage) { at = stage * STAGE_UNITS * 128; }
 
-    // This lane's codes and levels of two units, which lie in shared memory.
-    __device__ __forceinline__ Weights take(u32 data) const { return {data + code, data + level}; }
-    // Add two units.
-    __device__ __forceinline__ void add(const Weights& w) {
+    // Add two units, which lie in shared memory.
+    __device__ __forceinline__ void add(u32 data) {
+        const uint4 code0 = load4(data + code), code1 = load4(data + code + UNIT_BYTES);
+        const uint2 level0 = load2(data + level), level1 = load2(data + level + UNIT_BYTES);
         const uint4 b0 = load4(mine + at), b1 = load4(mine + at + 16), b2 = load4(mine + at + 128), b3 = load4(mine + at + 144);
         at += STAGE_UNITS * 128;
-        multiply(even, w.code[0].x, w.code[0].y, w.level[0], b0.x, b0.y, b0.z, b0.w);
-        multiply(odd, w.code[1].x, w.code[1].y, w.level[1], b2.x, b2.y, b2.z, b2.w);
-        multiply(even, w.code[0].z, w.code[0].w, w.level[0], b1.x, b1.y, b1.z, b1.w);
-        multiply(odd, w.code[1].z, w.code[1].w, w.level[1], b3.x, b3.y, b3.z, b3.w);
+        multiply(even, code0.x, code0.y, level0, b0.x, b0.y, b0.z, b0.w);
+        multiply(odd, code1.x, code1.y, level1, b2.x, b2.y, b2.z, b2.w);
+        multiply(even, code0.z, code0.w, level0, b1.x, b1.y, b1.z, b1.w);
+        multiply(odd, code1.z, code1.w, level1, b3.x, b3.y, b3.z, b3.w);
     }
     // Add what there is to the sums [16][TOKENS] of the tile, and begin anew.
     __device__ __forceinline__ void flush(int* sums) {

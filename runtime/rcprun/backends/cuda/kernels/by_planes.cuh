@@ -33,14 +33,14 @@ struct Product {
     // The next stage is this one of its tile.
     __device__ __forceinline__ void seek(int stage) { at_plane = stage * STAGE_UNITS * 256, at_total = stage * 32; }
 
-    // This lane's codes and levels of two units, which lie in shared memory.
-    __device__ __forceinline__ Weights take(u32 data) const { return {data + code, data + level}; }
-    // Add two units.
-    __device__ __forceinline__ void add(const Weights& w) {
+    // Add two units, which lie in shared memory.
+    __device__ __forceinline__ void add(u32 data) {
+        const uint4 code0 = load4(data + code), code1 = load4(data + code + UNIT_BYTES);
+        const uint2 level0 = load2(data + level), level1 = load2(data + level + UNIT_BYTES);
         const uint2 b0 = load2(plane + at_plane), b1 = load2(plane + at_plane + 256), totals = load2(total + at_total);
         at_plane += STAGE_UNITS * 256, at_total += 32;
-        add_unit(w.code[0], w.level[0], b0, totals.x);
-        add_unit(w.code[1], w.level[1], b1, totals.y);
+        add_unit(code0, level0, b0, totals.x);
+        add_unit(code1, level1, b1, totals.y);
     }
     // Column 2 j of b: plane j over the low bits of the codes a; 2 j + 1: over their high bits.
     __device__ __forceinline__ void add_unit(uint4 a, uint2 level, uint2 b, u32 total) {

@@ -110,13 +110,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
     product.prepare((const i8*)activations, m);
 #endif
     product.seek(STAGES - in_tile);
-    // The first stage goes to registers now, so that its slot is filled again while the block waits.
-    Weights weights;
-    if (part.count > 0) {
-        weights = product.take(stream.wait());
-        weights.settle();
-        stream.release();
-    }
     pdl_wait();
 #if PLANES
     planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);
@@ -132,9 +125,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
     sync_computing();
 #pragma unroll 1
     for (int left = part.count; left > 0; --left) {
-        product.add(weights);
-        if (left < part.count) stream.release();
-        if (left > 1) weights = product.take(stream.wait());
+        product.add(stream.wait());
+        stream.release();
         if (--in_tile == 0) {
             product.flush(sums + tile * 16 * TOKENS);
             product.seek(0);

@@ -19,27 +19,6 @@
 #define PIECE_BYTES (STREAMS * STAGE_BYTES)
 #define FETCHING_WARPS RCP_HOPPER  // beside the STREAMS warps that compute
 
-// A lane's codes and levels of a stage, in registers.
-struct Weights {
-    uint4 code[STAGE_UNITS];
-    uint2 level[STAGE_UNITS];
-
-    Weights() = default;
-    // Where those of the first unit are.
-    __device__ __forceinline__ Weights(u32 codes, u32 levels) {
-#pragma unroll
-        for (int i = 0; i < STAGE_UNITS; ++i) code[i] = load4(codes + i * UNIT_BYTES), level[i] = load2(levels + i * UNIT_BYTES);
-    }
-    // They have come.
-    __device__ __forceinline__ void settle() {
-#pragma unroll
-        for (int i = 0; i < STAGE_UNITS; ++i) {
-            code[i] = {kept(code[i].x), kept(code[i].y), kept(code[i].z), kept(code[i].w)};
-            level[i] = {kept(level[i].x), kept(level[i].y)};
-        }
-    }
-};
-
 struct Stream {
     u32 buffer, full, empty;  // slots, and their barriers
     int slot, parity;         // in turn, and its round
