@@ -99,7 +99,7 @@ class Layout:
         if self.held:
             fragments = 4 * self.mt * ceil_div(self.k_steps, self.k_parts)
             loads = 4 * self.summed * min(ceil_div(4 * self.k_steps * self.width, self.threads), 16 // self.summed)
-            return max(80, fragments + max(loads, 12 * tiles + 8) + 8)
+            return max(80, fragments + max(loads, 12 * tiles) + 8)
         return max(80, 4 * tiles * (2 if tiles >= 4 else 3) + 48)
 
     @property

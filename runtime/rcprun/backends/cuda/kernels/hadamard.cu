@@ -71,6 +71,9 @@ constexpr int TILES = ((K_STEPS + ROW_PARTS - 1) / ROW_PARTS + MT - 1) / MT * MT
 constexpr int COLUMN_SPANS = WIDTH / (8 * NT);
 constexpr int SUM_WARPS = TILES / MT * COLUMN_SPANS;  // whose sums are different ones
 constexpr int THREADS = SUM_WARPS * K_PARTS * 32;
+// What holds fragments shall start beside a block of linear.cu: bounds for more threads keep it to REGISTERS, about.
+constexpr int BOUND = 65536 / REGISTERS / 128 * 128, BOUND_THREADS = HELD && THREADS < BOUND ? BOUND : THREADS;
+constexpr int MIN_BLOCKS = 65536 / (BOUND_THREADS * REGISTERS);
 constexpr int STEPS = (K_STEPS + K_PARTS - 1) / K_PARTS;  // of a warp: k_part, k_part + K_PARTS, ...
 constexpr bool WORDS_HELD = !HELD && K_WORDS * MT <= 12;  // else they are read when needed
 constexpr int CHAINS = MT * NT >= 4 ? 2 : 3;              // accumulators: upper terms | others, or one each
@@ -94,40 +97,42 @@ static_assert(PARTS == 1 || !CODES, "to quantize, the blocks of a vector are a c
 #endif
 
 // Where 4 channels of range g begin; `quad` counts them row by row, and rows past the last repeat it.
-__device__ __forceinline__ int input_channel(int quad, int g) {
-    constexpr int QUADS = WIDTH / 4;
-    return min(quad / QUADS, DENSE - 1) * COLUMNS + g * WIDTH + quad % QUADS * 4;
+__device__ __forceinline__ u32 input_channel(u32 quad, int g) {
+    constexpr u32 QUADS = WIDTH / 4;
+    return min(quad / QUADS, DENSE - 1u) * COLUMNS + g * WIDTH + quad % QUADS * 4;
 }
 
 // X Y of a range of columns, split into three bf16 terms [3][16 · K_STEPS][STRIDE]; rows from DENSE on are zero.
-__device__ __forceinline__ void sylvester(const float* x, const float* factor, int group, u16* terms) {
-    constexpr int QUADS = WIDTH / 4, COUNT = 16 * K_STEPS * QUADS, TERM = 16 * K_STEPS * STRIDE;
+// thread: threadIdx.x, so that after the wait it need not be asked for.
+__device__ __forceinline__ void sylvester(const float* x, const float* factor, int group, u32 thread, u16* terms) {
+    constexpr u32 QUADS = WIDTH / 4, COUNT = 16 * K_STEPS * QUADS, TERM = 16 * K_STEPS * STRIDE;
     constexpr int ROUNDS = (COUNT + THREADS - 1) / THREADS, MOST_LOADS = HELD ? 16 : 8;
     constexpr int BATCH =
         ROUNDS * SUMMED_BEFORE <= MOST_LOADS ? ROUNDS : MOST_LOADS / SUMMED_BEFORE;  // loads are in flight together
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; round += BATCH) {
-        const int first = round * THREADS + threadIdx.x;
+        const u32 first = round * THREADS + thread;
+        const int from = SUM_AFTER ? group : 0;
         float4 u[BATCH][SUMMED_BEFORE];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
 #pragma unroll
-            for (int g = 0; g < SUMMED_BEFORE; ++g) u[i][g] = *(const float4*)(x + input_channel(first + i * THREADS, g));
+            for (int g = 0; g < SUMMED_BEFORE; ++g) u[i][g] = *(const float4*)(x + input_channel(first + i * THREADS, from + g));
         if (factor) {
 #pragma unroll
             for (int i = 0; i < BATCH; ++i)
 #pragma unroll
                 for (int g = 0; g < SUMMED_BEFORE; ++g) {
-                    const float4 f = *(const float4*)(factor + input_channel(first + i * THREADS, g));
+                    const float4 f = *(const float4*)(factor + input_channel(first + i * THREADS, from + g));
                     u[i][g] = {u[i][g].x * f.x, u[i][g].y * f.y, u[i][g].z * f.z, u[i][g].w * f.w};
                 }
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int row = (first + i * THREADS) / QUADS, column = (first + i * THREADS) % QUADS * 4;
-            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            const u32 row = (first + i * THREADS) / QUADS, column = (first + i * THREADS) % QUADS * 4;
+            float v[4] = {u[i][0].x, u[i][0].y, u[i][0].z, u[i][0].w};
 #pragma unroll
-            for (int g = 0; g < SUMMED_BEFORE; ++g) {
+            for (int g = 1; g < SUMMED_BEFORE; ++g) {
                 const float sign = __popc(group & g) & 1 ? -1.0f : 1.0f;
                 v[0] = fmaf(sign, u[i][g].x, v[0]);
                 v[1] = fmaf(sign, u[i][g].y, v[1]);
@@ -135,7 +140,8 @@ __device__ __forceinline__ void sylvester(const float* x, const float* factor, i
                 v[3] = fmaf(sign, u[i][g].w, v[3]);
             }
             sylvester_of_row<WIDTH>(v);
-            if (COUNT % (BATCH * THREADS) && row >= 16 * K_STEPS) continue;
+            const bool may_exceed = COUNT % (BATCH * THREADS) && (BATCH < ROUNDS || i == BATCH - 1);
+            if (may_exceed && row >= 16 * K_STEPS) continue;
             if (row >= DENSE) v[0] = v[1] = v[2] = v[3] = 0.0f;
             store_terms<TERM>(terms + row * STRIDE, column, v);
         }
@@ -149,7 +155,7 @@ struct __align__(16) Exchange {
     u32 peaks[PARTS];
     u64 have_peaks, have_sums;
 };
-// By all threads, early in the kernel.
+// By all threads; exchange_ready comes before all that follows here, __syncthreads between it and that.
 __device__ __forceinline__ void exchange_begin(Exchange& e) {
 #if CLUSTERS
     if (threadIdx.x == 0) {
@@ -163,7 +169,6 @@ __device__ __forceinline__ void exchange_begin(Exchange& e) {
     cluster_arrive();
 #endif
 }
-// When exchange_begin is long over; by all threads, before the two below and after __syncthreads.
 __device__ __forceinline__ void exchange_ready() {
 #if CLUSTERS
     cluster_wait();  // all blocks have begun
@@ -211,6 +216,12 @@ __device__ __forceinline__ void multiply(float (&sums)[CHAINS][MT][NT][4], const
     }
 }
 
+// The s-th step of a warp; the last step again where it has none, its fragment then being zero.
+__device__ __forceinline__ u32 step_of(int k_part, int s) {
+    const u32 step = k_part + s * K_PARTS;
+    return K_STEPS % K_PARTS == 0 || s < STEPS - 1 ? step : min(step, K_STEPS - 1u);
+}
+
 // Of a warp's `half` tile, of which it has 2 · MT from `tile` on.
 __device__ __forceinline__ int unit_of(int tile, int span, int half) { return (2 * tile + half) * COLUMN_SPANS + span; }
 
@@ -225,15 +236,16 @@ __device__ __forceinline__ void total(const float (&sums)[CHAINS][MT][NT][4], in
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTERS))
+extern "C" __global__ void __launch_bounds__(BOUND_THREADS, MIN_BLOCKS)
 hadamard(const float* x, const float* factor, const u32* __restrict__ bits, float norm, int copies, float* y, i8* codes,
          float* scale, int stride, float clip, int code_bits) {
     extern __shared__ __align__(16) u16 terms[];
     __shared__ Exchange exchange;
     pdl_launch();
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int part = blockIdx.x % PARTS, own_group = part % GROUP_BLOCKS, row_part = part / GROUP_BLOCKS;
-    const i64 vector = blockIdx.x / PARTS;
+    const u32 thread = kept(threadIdx.x), block = kept(blockIdx.x);
+    const int lane = thread & 31, warp = thread >> 5;
+    const int part = block % PARTS, own_group = part % GROUP_BLOCKS, row_part = part / GROUP_BLOCKS;
+    const u32 vector = block / PARTS;
     const int k_part = warp / SUM_WARPS, sum_warp = warp % SUM_WARPS;
     const int tile = sum_warp / COLUMN_SPANS * MT, span = sum_warp % COLUMN_SPANS;
 
@@ -244,29 +256,27 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
         if constexpr (HELD)
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
-                const int step = min(k_part + s * K_PARTS, K_STEPS - 1);
-                const u32 word = tile_bits[(i * K_WORDS + step / 4) * 32];
+                const u32 step = step_of(k_part, s), word = tile_bits[(i * K_WORDS + step / 4) * 32];
+                const bool there = K_STEPS % K_PARTS == 0 || s < STEPS - 1 || k_part + s * K_PARTS < K_STEPS;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) held[s][i][j] = kept(signs(word, step % 4, j));
+                for (int j = 0; j < 4; ++j) held[s][i][j] = kept(there ? signs(word, step % 4, j) : 0);
             }
         if constexpr (WORDS_HELD)
 #pragma unroll
             for (int k_word = 0; k_word < K_WORDS; ++k_word) words[k_word][i] = tile_bits[(i * K_WORDS + k_word) * 32];
     }
     exchange_begin(exchange);
+    x += (i64)vector * (DENSE * COLUMNS);
+    if (factor) factor += vector % (u32)copies * (DENSE * COLUMNS);
+    exchange_ready();
     pdl_wait();
 
-    x += vector * (DENSE * COLUMNS);
-    if (factor) factor += vector % copies * (DENSE * COLUMNS);
     float* const all_sums = (float*)((char*)terms + 3 * TERM_BYTES);
     float* const gathered = all_sums + SUM_BYTES / 4;
     float out[OUTPUTS][LANE_SUMS];
 #pragma unroll 1
     for (int group = own_group; group < own_group + BLOCK_GROUPS; ++group) {
-        if constexpr (SUM_AFTER)
-            sylvester(x + group * WIDTH, factor ? factor + group * WIDTH : nullptr, 0, terms);
-        else
-            sylvester(x, factor, group, terms);
+        sylvester(x, factor, group, thread, terms);
         __syncthreads();
 
         float sums[CHAINS][MT][NT][4] = {};
@@ -274,9 +284,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
         constexpr int STEP_BYTES = 16 * STRIDE * 2;
         if constexpr (HELD) {
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s)
-                if (K_STEPS % K_PARTS == 0 || k_part + s * K_PARTS < K_STEPS)
-                    multiply(sums, held[s], own + (k_part + s * K_PARTS) * STEP_BYTES);
+            for (int s = 0; s < STEPS; ++s) multiply(sums, held[s], own + step_of(k_part, s) * STEP_BYTES);
         } else {
 #pragma unroll WORDS_HELD ? K_WORDS : 1
             for (int k_word = 0; k_word < K_WORDS; ++k_word) {
@@ -302,26 +310,30 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
 #pragma unroll
             for (int u = 0; u < KEPT; ++u) total(sums, u, unit_sums[u]);
         } else {
-            float* const warp_sums = all_sums + sum_warp * (2 * MT * UNIT) + lane;
+            float* const warp_sums = all_sums + sum_warp * (2 * MT * UNIT) + lane * 2;
 #pragma unroll
             for (int u = 0; u < 2 * MT; ++u) {
                 float part_sums[LANE_SUMS];
                 total(sums, u, part_sums);
 #pragma unroll
-                for (int j = 0; j < LANE_SUMS; ++j) warp_sums[k_part * (UNITS * UNIT) + u * UNIT + j * 32] = part_sums[j];
+                for (int j = 0; j < LANE_SUMS; j += 2)
+                    *(float2*)(warp_sums + k_part * (UNITS * UNIT) + u * UNIT + j * 32) = {part_sums[j], part_sums[j + 1]};
             }
             __syncthreads();
 #pragma unroll
             for (int u = 0; u < KEPT; ++u)
 #pragma unroll
-                for (int j = 0; j < LANE_SUMS; ++j) {
-                    const float* const from = warp_sums + (k_part * KEPT + u) * UNIT + j * 32;
-                    unit_sums[u][j] = from[0];
+                for (int j = 0; j < LANE_SUMS; j += 2) {
+                    unit_sums[u][j] = unit_sums[u][j + 1] = 0.0f;
 #pragma unroll
-                    for (int p = 1; p < K_PARTS; ++p) unit_sums[u][j] += from[p * (UNITS * UNIT)];
+                    for (int p = 0; p < K_PARTS; ++p) {
+                        const float* const from = warp_sums + p * (UNITS * UNIT) + (k_part * KEPT + u) * UNIT + j * 32;
+                        const float2 more = *(const float2*)from;
+                        unit_sums[u][j] += more.x;
+                        unit_sums[u][j + 1] += more.y;
+                    }
                 }
         }
-        if (group == own_group) exchange_ready();
 #pragma unroll
         for (int u = 0; u < KEPT; ++u)
             if constexpr (SUM_AFTER)
@@ -332,12 +344,12 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
         if constexpr (BLOCK_GROUPS > 1) __syncthreads();
     }
 
-    int unit[OUTPUTS], group[OUTPUTS];
+    u32 unit[OUTPUTS], group[OUTPUTS];
     if constexpr (SUM_AFTER) wait_for_sums(exchange);
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
         if constexpr (SUM_AFTER) {
-            const int output = warp * OUTPUTS + o;
+            const u32 output = warp * OUTPUTS + o;
             unit[o] = output / GROUPS * GROUP_BLOCKS + own_group;
             group[o] = output % GROUPS;
 #pragma unroll
@@ -355,7 +367,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
         }
     }
 
-    int row[OUTPUTS], channel[OUTPUTS];
+    u32 row[OUTPUTS], channel[OUTPUTS];
     u32 peak = 0;
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
@@ -381,12 +393,12 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     for (int o = 0; o < OUTPUTS; ++o) {
         if (row[o] >= DENSE) continue;
 #if CODES
-        i8* const to = codes + vector * stride + row[o] * COLUMNS + channel[o];
+        i8* const to = codes + (i64)vector * stride + row[o] * COLUMNS + channel[o];
         if constexpr (NT == 1) *(u16*)to = (u16)coder.two(out[o]);
         if constexpr (NT == 2) *(u32*)to = coder.four(out[o]);
         if constexpr (NT == 4) *(uint2*)to = {coder.four(out[o]), coder.four(out[o] + LANE_SUMS - 4)};
 #else
-        float* const to = y + vector * (DENSE * COLUMNS) + row[o] * COLUMNS + channel[o];
+        float* const to = y + (i64)vector * (DENSE * COLUMNS) + row[o] * COLUMNS + channel[o];
 #pragma unroll
         for (int t = 0; t < NT; ++t) *(float2*)(to + 2 * t) = {out[o][2 * t], out[o][2 * t + 1]};
 #endif
