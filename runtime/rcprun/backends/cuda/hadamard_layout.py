@@ -8,7 +8,7 @@ Shape suffixes: D dense order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -24,6 +24,8 @@ _MULTIPROCESSORS = 132
 """Layouts are chosen for an H200 whatever the GPU, so that they, and the last bits, are the same everywhere."""
 _REGISTERS, _SHARED = 1 << 16, 227 * 1024
 """Registers, and bytes of shared memory, of one of them."""
+_MOST_REGISTERS = 168
+"""Of a thread: more leave no room for anything else."""
 _BESIDE_LINEAR = 34000
 """Registers of a multiprocessor that a block of linear.cu for one token leaves."""
 _SHARED_LIMIT = 99 * 1024
@@ -125,26 +127,18 @@ class Layout:
 
 
 def layouts(plan: HadamardPlan, few: bool) -> Iterator[Layout]:
-    """All that hadamard.cu can run for one block of the plan; none if its Sylvester part is below 8."""
+    """All that hadamard.cu can run for one block of the plan; none if its Sylvester part is below 8.
+
+    few: also those that are for few tokens only, which wait less and do more.
+    """
     powers = [2**i for i in range(3, plan.sylvester.bit_length())]
-    for columns, groups, row_parts, mt, nt in product(powers, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4)):
-        dense = plan.block // columns
-        for k_parts, held, sum_after in product(
-            (1, 2, 4) if few else (1,), (False, True)[: 1 + few], (False, True)[: 1 + few]
-        ):
-            a = Layout(
-                dense=dense,
-                columns=columns,
-                groups=groups,
-                row_parts=row_parts,
-                mt=mt,
-                nt=nt,
-                k_parts=k_parts,
-                held=held,
-                sum_after=sum_after,
-            )
-            if _runs(a):
-                yield a
+    ways = list(product((1, 2, 4), (False, True), (False, True))) if few else [(1, False, False)]
+    shapes = product(powers, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4))
+    for (columns, groups, row_parts, mt, nt), (k_parts, held, sum_after) in product(shapes, ways):
+        shape = Layout(dense=plan.block // columns, columns=columns, groups=groups, row_parts=row_parts, mt=mt, nt=nt)
+        a = replace(shape, k_parts=k_parts, held=held, sum_after=sum_after)
+        if _runs(a):
+            yield a
 
 
 def whole_layouts(plan: HadamardPlan) -> Iterator[Layout]:
@@ -158,12 +152,15 @@ def whole_layouts(plan: HadamardPlan) -> Iterator[Layout]:
 
 def _runs(a: Layout) -> bool:
     fits = a.dense <= 2048 and 8 <= a.width <= 128 and a.width % (8 * a.nt * a.passes) == 0
-    fits = fits and a.parts <= (16 if a.held else 8) and 2 * a.mt % a.k_parts == 0 and (a.held or a.k_parts == 1)
+    useful = a.mt * a.row_parts <= max(2, a.k_steps) and a.k_parts <= a.k_steps
+    if a.held:
+        fits = fits and 1 < a.parts <= 16 and 2 * a.mt % a.k_parts == 0 and a.registers <= _MOST_REGISTERS
+    else:
+        fits = fits and a.parts <= 8 and a.k_parts == 1
     if a.sum_after:
         fits = fits and a.groups > 1 and a.nt == 1 and 2 * a.tiles * a.width // 8 % a.groups == 0
-    useful = a.mt * a.row_parts <= max(2, a.k_steps) and a.k_parts <= a.k_steps and (a.parts > 1 or not a.held)
     small = a.threads <= 1024 and a.threads * a.registers <= _REGISTERS and a.shared_alone <= _SHARED_LIMIT
-    return fits and useful and small and a.registers <= 168
+    return fits and useful and small
 
 
 def cost(layout: Layout, tokens: int) -> float:
