@@ -18,7 +18,7 @@ def test_layouts_cover_the_matrix_within_limits(n: int, few: bool) -> None:
     assert layout.dense * layout.columns == plan.block
     assert layout.row_parts * layout.tiles * 16 >= layout.dense
     assert layout.groups * layout.width == layout.columns
-    assert layout.parts <= 8 and layout.threads <= 1024 and layout.shared <= 99 * 1024
+    assert layout.parts <= (16 if few else 8) and layout.threads <= 1024 and layout.shared_alone <= 99 * 1024
 
 
 def test_a_small_sylvester_part_has_no_layout() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from rcpformat.hadamard import HadamardPlan, hadamard_factor, paley_matrix, sylvester_matrix
 from rcpformat.spec import ceil_div
 from rcprun.backends.cuda.hadamard_layout import Layout, best_layout, best_whole_layout, sign_words
-from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel
+from rcprun.backends.cuda.launch import NO_HOPPER, PORTABLE_CLUSTER, check, has_hopper, kernel
 
 FEW_TOKENS = 16
 """Up to this many tokens go the way chosen for decoding, more the way chosen for prefill."""
@@ -33,8 +33,6 @@ class Transform:
         self.n = n
         self._plan = plan = hadamard_factor(n) if rotate else HadamardPlan(n, 1, 1)
         self._norm = np.float32(plan.norm)
-        self._defines = () if hopper else ((NO_HOPPER, 1),)
-        self._clusters = hopper and int(cupy.cuda.Device().compute_capability) >= 90
         p_DD = np.ascontiguousarray(paley_matrix(plan.m).T if transpose else paley_matrix(plan.m))
         self._paley_DD = cupy.asarray(p_DD)
         self._layouts: dict[bool, tuple[Layout, cupy.ndarray]] = {}
@@ -42,6 +40,8 @@ class Transform:
             layout = best_layout(plan, few=few)
             if layout is not None:
                 self._layouts[few] = layout, self._signs(p_DD, layout)
+        self._clusters = hopper and has_hopper() and self._cluster_fits()
+        self._defines = () if self._clusters else ((NO_HOPPER, 1),)
         whole = best_whole_layout(plan) if rotate else None
         self._whole = (whole, self._signs(p_DD, whole)) if whole else None
 
@@ -167,6 +167,14 @@ class Transform:
         d_DD = np.kron(p_DD, sylvester_matrix(layout.dense // self._plan.m))
         return cupy.asarray(sign_words(d_DD, layout.row_parts * layout.tiles))
 
+    def _cluster_fits(self) -> bool:
+        """Whether the GPU can run the clusters of more than eight blocks, if any, for few tokens."""
+        layout = self._layouts[True][0] if self._layouts else None
+        if layout is None or layout.parts <= PORTABLE_CLUSTER:
+            return True
+        this = kernel("hadamard", "hadamard", (*layout.defines, ("CODES", 1)))
+        return this.fits(layout.threads, layout.shared, layout.parts)
+
     def _check_input(self, x_MN: cupy.ndarray, factor_N: cupy.ndarray | None) -> None:
         check(x_MN, "x", np.float32, (None, self.n))
         if factor_N is not None:
@@ -183,11 +191,12 @@ class Transform:
         layout, signs = self._layouts[len(x_MN) <= FEW_TOKENS]
         assert x_MN.data.ptr % 16 == 0, "x: not aligned to 16 bytes"
         codes = int(y_MN is None)
+        alone = layout.sum_after and not self._clusters
         kernel("hadamard", "hadamard", (*layout.defines, ("CODES", codes), *self._defines)).launch(
-            len(x_MN) * self._plan.copies * layout.parts,
+            len(x_MN) * self._plan.copies * (layout.row_parts if alone else layout.parts),
             layout.threads,
             (x_MN, factor_N, signs, self._norm, np.int32(self._plan.copies), y_MN, *quantized),
-            shared=layout.shared,
-            cluster=layout.parts if codes else 1,
+            shared=layout.shared_alone if alone else layout.shared,
+            cluster=layout.parts if self._clusters and (codes or layout.sum_after) else 1,
             overlap=True,
         )

@@ -18,6 +18,9 @@ from rcprun.backends.cuda.compile import cubin_file
 NO_HOPPER = "RCP_NO_HOPPER"
 """Defined as 1, a kernel takes its path for older GPUs on a newer one too."""
 
+PORTABLE_CLUSTER = 8
+"""Blocks of a cluster that any GPU with clusters can run; of more, see Kernel.fits."""
+
 _SCALARS: dict[type, Any] = {
     np.int32: ctypes.c_int32,
     np.uint32: ctypes.c_uint32,
@@ -59,6 +62,7 @@ class Kernel:
         self._function = self._module.get_function(name)
         self._function.preferred_shared_memory_carveout = 100  # one for all: another costs a launch about 4 µs
         self._handle = driver.CUfunction(self._function.kernel.ptr)
+        self._large_clusters = False
         self._hopper = arch >= 90 and not defines.get(NO_HOPPER)
 
     def launch(
@@ -77,8 +81,35 @@ class Kernel:
         overlap: programmatic dependent launch, where there is one; the kernel must then wait (pdl_wait) before it
         touches what earlier kernels write or read.
         """
+        config = self._config(grid, block, shared, cluster, overlap)
+        values, types = [], []
+        for argument in arguments:
+            if argument is None or isinstance(argument, cupy.ndarray):
+                values.append(0 if argument is None else argument.data.ptr)
+                types.append(ctypes.c_void_p)
+            else:
+                values.append(argument.item())
+                types.append(_SCALARS[type(argument)])
+        (status,) = driver.cuLaunchKernelEx(config, self._handle, (tuple(values), tuple(types)), 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{self._function.name}: launch of {grid} × {block} failed: {status!r}")
+
+    def fits(self, block: int, shared: int, cluster: int) -> bool:
+        """Whether the GPU can run such a cluster: arguments as of launch."""
+        config = self._config(cluster, block, shared, cluster, overlap=False)
+        status, clusters = driver.cuOccupancyMaxActiveClusters(self._handle, config)
+        return bool(status == driver.CUresult.CUDA_SUCCESS and clusters > 0)
+
+    def _config(
+        self, grid: tuple[int, int, int] | int, block: int, shared: int, cluster: int, overlap: bool
+    ) -> driver.CUlaunchConfig:
+        """For a launch on CuPy's current stream, which the function's attributes then allow."""
         if shared > _DEFAULT_SHARED and self._function.max_dynamic_shared_size_bytes < shared:
             self._function.max_dynamic_shared_size_bytes = shared
+        if cluster > PORTABLE_CLUSTER and not self._large_clusters:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            (status,) = driver.cuFuncSetAttribute(self._handle, attribute, 1)
+            self._large_clusters = status == driver.CUresult.CUDA_SUCCESS
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (grid, 1, 1) if isinstance(grid, int) else grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
@@ -96,17 +127,7 @@ class Kernel:
             attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
             attributes.append(attribute)
         config.attrs, config.numAttrs = attributes, len(attributes)
-        values, types = [], []
-        for argument in arguments:
-            if argument is None or isinstance(argument, cupy.ndarray):
-                values.append(0 if argument is None else argument.data.ptr)
-                types.append(ctypes.c_void_p)
-            else:
-                values.append(argument.item())
-                types.append(_SCALARS[type(argument)])
-        (status,) = driver.cuLaunchKernelEx(config, self._handle, (tuple(values), tuple(types)), 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{self._function.name}: launch of {grid} × {block} failed: {status!r}")
+        return config
 
 
 @cache

@@ -5,6 +5,9 @@ Plain data, so that every kernel can be compiled without a GPU or CuPy. Knows no
 
 from __future__ import annotations
 
+from rcpformat.hadamard import hadamard_factor
+from rcprun.backends.cuda.hadamard_layout import best_layout
+
 ARCHITECTURES = (80, 89, 90)
 """Compute capabilities that every kernel is compiled for in tests: A100, RTX 40, H100 and H200."""
 
@@ -16,10 +19,11 @@ def _head(width: int, half: int, tiles: int, segment: int, stages: int, bulk: in
     return {**shape, "RCP_SEGMENT": segment, "RCP_STAGES": stages, "RCP_BULK": bulk}
 
 
-def _layout(dense: int, columns: int, groups: int, row_parts: int, mt: int, nt: int, codes: int) -> Definitions:
+def _hadamard(width: int, *, few: bool, codes: int) -> Definitions:
     """Of hadamard.cu."""
-    shape = {"DENSE": dense, "COLUMNS": columns, "GROUPS": groups, "ROW_PARTS": row_parts}
-    return {**shape, "MT": mt, "NT": nt, "CODES": codes}
+    layout = best_layout(hadamard_factor(width), few=few)
+    assert layout is not None
+    return {**dict(layout.defines), "CODES": codes}
 
 
 def _linear(
@@ -50,10 +54,10 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
     "embed": ({"RCP_STRIDES": 4, "RCP_THREADS": 256},),
     "expand": ({"GROUP": 128}, {"GROUP": 64}),
     "hadamard": (
-        _layout(dense=60, columns=8, groups=1, row_parts=1, mt=1, nt=1, codes=1),  # 480
-        _layout(dense=64, columns=64, groups=1, row_parts=1, mt=2, nt=4, codes=1),  # 4096, many tokens
-        _layout(dense=344, columns=32, groups=4, row_parts=2, mt=1, nt=1, codes=0),  # 11008, few tokens
-        _layout(dense=344, columns=32, groups=2, row_parts=1, mt=2, nt=2, codes=0),  # 11008, many
+        _hadamard(480, few=True, codes=1),
+        _hadamard(4096, few=False, codes=1),
+        _hadamard(11008, few=True, codes=0),
+        _hadamard(11008, few=False, codes=0),
     ),
     "hadamard_plain": ({},),
     "head": (
@@ -108,8 +112,10 @@ HOPPER_VARIANTS: dict[str, tuple[Definitions, ...]] = {
         _decode(256, 8, warps=4, stages=3, cluster=2, paley=0, hadamard=256),
     ),
     "hadamard": (
-        _layout(dense=16, columns=256, groups=4, row_parts=1, mt=1, nt=1, codes=1),  # 4096, few tokens
-        _layout(dense=344, columns=32, groups=4, row_parts=2, mt=1, nt=1, codes=1),  # 11008, few
+        _hadamard(8192, few=True, codes=1),
+        _hadamard(11008, few=True, codes=1),
+        _hadamard(11008, few=False, codes=1),
+        _hadamard(13824, few=True, codes=1),
     ),
 }
 """The same, of definitions that only clusters of blocks (sm_90) can do."""

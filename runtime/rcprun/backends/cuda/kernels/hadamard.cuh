@@ -6,8 +6,8 @@
 
 // Columns are stored permuted within a warp's span of 8·NT, so that a lane's outputs are 2·NT adjacent channels:
 // channel q·2NT + 2t + e is column 2q + e of tile t.
-__device__ __forceinline__ int stored_column(int column) {
-    const int within = column % (8 * NT);
+__device__ __forceinline__ u32 stored_column(u32 column) {
+    const u32 within = column % (8 * NT);
     return column - within + within % (2 * NT) / 2 * 8 + within / (2 * NT) * 2 + within % 2;
 }
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ void sylvester_of_row(float (&v)[4]) {
 
 // Four channels from `column` on of a row, as three terms, TERM numbers apart.
 template <int TERM>
-__device__ __forceinline__ void store_terms(u16* row, int column, float (&v)[4]) {
+__device__ __forceinline__ void store_terms(u16* row, u32 column, float (&v)[4]) {
     u16* const low = row + stored_column(column);
     u16* const high = row + stored_column(column + 2);
 #pragma unroll
