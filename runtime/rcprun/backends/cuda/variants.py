@@ -87,8 +87,12 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
         {"HEAD_DIM": 20, "BITS": 4, "PALEY": 20, "HADAMARD": 20},
     ),
-    "rope_many": (
+    "rope_lanes": (
         {"HEAD_DIM": 128, "BITS": 4, "PALEY": 1, "HADAMARD": 128},
+        {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
+    ),
+    "rope_many": (
+        {"HEAD_DIM": 96, "BITS": 4, "PALEY": 12, "HADAMARD": 96},
         {"HEAD_DIM": 20, "BITS": 8, "PALEY": 20, "HADAMARD": 20},
     ),
     "sample": ({"RCP_FIELDS": 18438, "RCP_QUADS": 2}, {"RCP_FIELDS": 18438, "RCP_QUADS": 8}),

@@ -5,6 +5,10 @@
 __device__ __forceinline__ float rescaled(int sum, float x_scale, float scale) {
     return __fmul_rn(__fmul_rn((float)sum, x_scale), scale);
 }
+__device__ __forceinline__ float4 rescaled(const int4& sum, float x_scale, const float* scale) {
+    return {rescaled(sum.x, x_scale, scale[0]), rescaled(sum.y, x_scale, scale[1]), rescaled(sum.z, x_scale, scale[2]),
+            rescaled(sum.w, x_scale, scale[3])};
+}
 
 // Of four neighbouring rows of a layer: scales, and biases where there are any.
 struct Rows {
