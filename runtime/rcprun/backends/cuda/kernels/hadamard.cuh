@@ -62,15 +62,3 @@ __device__ __forceinline__ void store_terms(u16* row, int column, float (&v)[4])
         *(u32*)(high + term * TERM) = split_pair(v[2], v[3]);
     }
 }
-
-// token_code of common.cuh as the lowest byte, without conversions, which are slow: limits are integers, so they may come
-// first, and beyond 2^23 floats are integers. A token that is zero there is so by itself: its numbers are below 2^-100.
-struct Coder {
-    float inverse, least, largest;
-
-    __device__ __forceinline__ u32 code(float x) const {
-        return __float_as_uint(fminf(fmaxf(__fmul_rn(x, inverse), least), largest) + 12582912.0f);
-    }
-    __device__ __forceinline__ u32 two(const float* x) const { return __byte_perm(code(x[0]), code(x[1]), 0x0040); }
-    __device__ __forceinline__ u32 four(const float* x) const { return __byte_perm(two(x), two(x + 2), 0x5410); }
-};

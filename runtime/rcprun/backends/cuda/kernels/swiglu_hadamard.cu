@@ -135,8 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTE
     peak = block_peak(peak, scratch);
     const TokenScale of_token = token_scale(__uint_as_float(peak), clip, code_bits);
     if (threadIdx.x == 0) scale[token] = of_token.scale;
-    const int levels = 1 << (code_bits - 1);
-    const Coder coder = {of_token.inverse, -(float)levels, (float)(levels - 1)};
+    const Coder coder(of_token, code_bits);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass)
 #pragma unroll
