@@ -40,6 +40,8 @@ class Layout:
     nt: int
     passes: int = 1
     """Spans of columns that a warp computes in turn; swiglu_hadamard.cu only."""
+    terms: int = 3
+    """That floats are the sum of, of 16 bits."""
 
     @property
     def parts(self) -> int:
@@ -69,7 +71,7 @@ class Layout:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return 6 * 16 * self.k_steps * (8 if self.width == 8 else self.width + 8)
+        return 2 * self.terms * 16 * self.k_steps * (8 if self.width == 8 else self.width + 8)
 
     @property
     def registers(self) -> int:
@@ -106,7 +108,8 @@ def whole_layouts(plan: HadamardPlan) -> Iterator[Layout]:
     """All that swiglu_hadamard.cu can run for a vector of one block."""
     powers = [2**i for i in range(3, plan.sylvester.bit_length())] if plan.copies == 1 else []
     for columns, mt, nt, passes in product(powers, (1, 2), (4, 2, 1), (1, 2, 4)):
-        a = Layout(dense=plan.block // columns, columns=columns, groups=1, row_parts=1, mt=mt, nt=nt, passes=passes)
+        shape = {"dense": plan.block // columns, "columns": columns, "groups": 1, "row_parts": 1}
+        a = Layout(**shape, mt=mt, nt=nt, passes=passes, terms=2)
         if _runs(a):
             yield a
 
@@ -122,7 +125,7 @@ def cost(layout: Layout, tokens: int) -> float:
     """Estimated clocks of an H200 for so many tokens: latencies, and what a multiprocessor does at its rates."""
     a = layout
     columns, rows = a.width / 8, 16 * a.k_steps
-    products = a.tiles * columns * a.k_steps * 3
+    products = a.tiles * columns * a.k_steps * a.terms
     tensor = max(products * 6.5 / min(4.0, a.threads / 32), products / a.mt * 2)  # or the reading of B fragments
     stages = a.width.bit_length() - 3
     vector = rows * a.width * (a.groups / 128 + stages / 32) + a.dense * a.columns * 4 / 50  # or the reading of input

@@ -189,6 +189,12 @@ __device__ __forceinline__ i32 load_now(const i32* address) {
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
     return v;
 }
+__device__ __forceinline__ int4 load_now(const int4* address) {
+    int4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.s32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
+    return v;
+}
 
 // Several floats, each of which is whole by itself; not all of them need be of the same time.
 __device__ __forceinline__ float2 load_now(const float2* address) {
