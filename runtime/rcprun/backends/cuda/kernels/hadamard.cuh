@@ -22,7 +22,7 @@ __device__ __forceinline__ u32 split_pair(float& a, float& b) {
 // Register j (0..3) of the A fragment of a word's k step (0..3): a pair of bf16 ±1. Bits 15 - s and 31 - s, with
 // s = 4·step + j, are the signs of its lower and upper half. ones: a pair of 1, in another format if need be.
 __device__ __forceinline__ u32 signs(u32 word, int step, int j, u32 ones = 0x3f803f80u) {
-    return ((word << (4 * step + j)) & 0x80008000u) | ones;
+    return masked_or(word << (4 * step + j), 0x80008000u, ones);
 }
 
 // B fragments of NT tiles: 16 rows, 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).

@@ -56,6 +56,11 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float reciprocal(float x) {  // within one unit of the last place; 0 from 2^126 on
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // ---- Words
 
