@@ -147,15 +147,34 @@ def test_nan_stays_nan() -> None:
         assert all(np.isnan(scale).all() for scale in stored(cache, site, place, place)[1:])
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 64), (3, 1, 80), (4, 4, 128)])
-def test_from_sums(heads: int, kv_heads: int, head_dim: int, biased: bool) -> None:
-    """The same bits as from the floats that sums become, each operation rounded."""
+def run_from_sums(
+    a: Architecture, bits: int, sums: Any, position: np.ndarray, slot: np.ndarray, *, r3: bool = True, gain: Any = None
+) -> tuple[np.ndarray, Any]:
+    """As run. sums: with scales and biases."""
     import cupy
 
     from rcprun.backends.cuda.kvcache import KVCache
     from rcprun.backends.cuda.rope import Rope
 
+    cache = KVCache(a, bits, SLOTS, CONTEXT)
+    for array in (*cache.key_NGTB, *cache.value_NGTB, *cache.scale_NGT2):
+        array[...] = np.iinfo(array.dtype).max
+    q = cupy.full((len(position), a.attention_size), np.nan, dtype=np.float32)
+    gains = None if gain is None else tuple(map(cupy.asarray, gain))
+    device = [cupy.asarray(each) if each is not None else None for each in sums]
+    indices = (cupy.asarray(x.astype(np.int32)) for x in (position, slot))
+    rope = Rope(a, inv_freq(a.head_dim), CONTEXT, r3=r3)
+    rope.from_sums(*device, *indices, cache, LAYER, CLIP, q, gains)
+    return cupy.asnumpy(q).reshape(-1, a.num_heads, a.head_dim), cache
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 4, 64), (3, 1, 80), (4, 4, 128), (6, 2, 256), (3, 1, 32), (1, 1, 512)]
+)
+def test_from_sums(heads: int, kv_heads: int, head_dim: int, biased: bool, bits: int) -> None:
+    """The same bits as from the floats that sums become, each operation rounded."""
     a = architecture(heads, kv_heads, head_dim)
     rng, count, width = np.random.default_rng(head_dim), 23, (heads + 2 * kv_heads) * head_dim
     position, slot = rows(rng, count)
@@ -163,20 +182,33 @@ def test_from_sums(heads: int, kv_heads: int, head_dim: int, biased: bool) -> No
     x_scale, scale = (rng.uniform(1e-3, 1e-2, n).astype(np.float32) for n in (count, sums.shape[1]))
     bias = rng.normal(size=sums.shape[1]).astype(np.float32) if biased else None
     qkv = (sums.astype(np.float32) * x_scale[:, None] * scale + (0 if bias is None else bias))[:, :width]
-    expected, cache = run(a, 4, np.ascontiguousarray(qkv), position, slot, r3=True)
-
-    found = KVCache(a, 4, SLOTS, CONTEXT)
-    for array in (*found.key_NGTB, *found.value_NGTB, *found.scale_NGT2):
-        array[...] = np.iinfo(array.dtype).max
-    q = cupy.full((count, a.attention_size), np.nan, dtype=np.float32)
-    Rope(a, inv_freq(head_dim), CONTEXT, r3=True).from_sums(
-        *(cupy.asarray(each) if each is not None else None for each in (sums, x_scale, scale, bias)),
-        *(cupy.asarray(each.astype(np.int32)) for each in (position, slot)),
-        *(found, LAYER, CLIP, q),
-    )
-    np.testing.assert_array_equal(q.get().reshape(expected.shape), expected)
+    expected, cache = run(a, bits, np.ascontiguousarray(qkv), position, slot, r3=True)
+    q, found = run_from_sums(a, bits, (sums, x_scale, scale, bias), position, slot)
+    np.testing.assert_array_equal(q, expected)
     for name in ("key_NGTB", "value_NGTB", "scale_NGT2"):
         np.testing.assert_array_equal(getattr(found, name)[LAYER].get(), getattr(cache, name)[LAYER].get())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_norm_from_sums(head_dim: int, bits: int) -> None:
+    """Heads of k are those of q, as in test_norm_and_hadamard, and sums become themselves."""
+    a = architecture(3, 3, head_dim)
+    rng = np.random.default_rng(head_dim)
+    position, slot = rows(rng, 33)
+    x_MHD = rng.integers(-(10**4), 10**4, (33, 3, head_dim), dtype=np.int32)
+    sums = np.concatenate([x_MHD] * 3, axis=1).reshape(33, -1)
+    one = np.ones(sums.shape[1], dtype=np.float32)
+    gain = rng.uniform(0.5, 2, head_dim).astype(np.float32)
+    q, cache = run_from_sums(a, bits, (sums, one[:33], one, None), position, slot, gain=(gain, gain))
+    check_stored(cache, 0, slot, position, q)
+    check_stored(cache, 1, slot, position, x_MHD.astype(np.float32))
+
+    normalized = arithmetic.rms_normalize(x_MHD.astype(np.float32), a.rms_norm_eps) * gain
+    tables = arithmetic.rope_tables(position, inv_freq(head_dim), a.rope_attention_factor)
+    expected = hadamard_transform(arithmetic.apply_rope(normalized, *tables), normalized=True)
+    tolerance = (head_dim + 8) * EPS * np.linalg.norm(normalized, axis=-1, keepdims=True)
+    assert (np.abs(q - expected) <= tolerance).all(), np.abs(q - expected).max()
 
 
 def test_other_places_stay_and_runs_repeat() -> None:

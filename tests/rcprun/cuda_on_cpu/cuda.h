@@ -227,7 +227,6 @@ static float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
-static float __fdividef(float a, float b) { return a / b; }
 static float __fsqrt_rn(float a) { return sqrtf(a); }
 static float __frcp_rn(float a) { return 1.0f / a; }
 static int __popc(unsigned x) { return __builtin_popcount(x); }

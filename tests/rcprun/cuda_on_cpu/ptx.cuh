@@ -35,6 +35,7 @@ static u32 add_half2(u32 a, u32 b) { return multiply_add_half2(a, 0x3c003c00, b)
 
 static float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 static float exp2_approx(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+static float reciprocal(float x) { return fabsf(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 
 // ---- Words
 

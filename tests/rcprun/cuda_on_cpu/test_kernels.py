@@ -79,7 +79,11 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     test_prefill_attention.test_tiny_and_huge_vectors: ({"scale": 30.0},),
     test_rope.test_without_reductions_everything_is_equal: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "bits": 4},),
     test_rope.test_norm_and_hadamard: ({"head_dim": 96, "norm": True, "bits": 8},),
-    test_rope.test_from_sums: ({"heads": 3, "kv_heads": 1, "head_dim": 80, "biased": True},),
+    test_rope.test_from_sums: (
+        {"heads": 3, "kv_heads": 1, "head_dim": 80, "biased": True, "bits": 4},
+        {"heads": 8, "kv_heads": 4, "head_dim": 64, "biased": True, "bits": 8},
+        {"heads": 4, "kv_heads": 4, "head_dim": 128, "biased": False, "bits": 4},
+    ),
     test_rope.test_nan_stays_nan: ({},),
     test_sample.test_choices_are_numpys: (
         {"vocabulary": 300, "scale": 1.0, "way": "all"},

@@ -143,8 +143,9 @@ class Transform:
         assert rows >= 2 * self.n
         check(codes_MK, "codes", np.int8, (count, None))
         check(scale_M, "scale", np.float32, (count,))
-        defines = (("DENSE", layout.dense), ("COLUMNS", layout.columns), ("MT", layout.mt), ("NT", layout.nt))
-        kernel("swiglu_hadamard", "swiglu_hadamard", (*defines, ("PASSES", layout.passes))).launch(
+        shape = (("DENSE", layout.dense), ("COLUMNS", layout.columns), ("MT", layout.mt), ("NT", layout.nt))
+        passes = (("PASSES", layout.passes), ("BIASED", int(bias_R is not None)))
+        kernel("swiglu_hadamard", "swiglu_hadamard", (*shape, *passes)).launch(
             count,
             layout.threads,
             (

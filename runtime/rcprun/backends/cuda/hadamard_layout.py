@@ -50,6 +50,8 @@ class Layout:
     """Whether sums over groups come after D."""
     passes: int = 1
     """Spans of columns that a warp computes in turn; swiglu_hadamard.cu only."""
+    terms: int = 3
+    """That floats are the sum of, of 16 bits."""
 
     @property
     def parts(self) -> int:
@@ -79,7 +81,7 @@ class Layout:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        terms = 6 * 16 * self.k_steps * (8 if self.width == 8 else self.width + 8)
+        terms = 2 * self.terms * 16 * self.k_steps * (8 if self.width == 8 else self.width + 8)
         sums = self.k_parts * self._sum_bytes if self.k_parts > 1 else 0
         return terms + sums + (self._sum_bytes if self.sum_after else 0)
 
@@ -145,7 +147,8 @@ def whole_layouts(plan: HadamardPlan) -> Iterator[Layout]:
     """All that swiglu_hadamard.cu can run for a vector of one block."""
     powers = [2**i for i in range(3, plan.sylvester.bit_length())] if plan.copies == 1 else []
     for columns, mt, nt, passes in product(powers, (1, 2), (4, 2, 1), (1, 2, 4)):
-        a = Layout(dense=plan.block // columns, columns=columns, groups=1, row_parts=1, mt=mt, nt=nt, passes=passes)
+        shape = {"dense": plan.block // columns, "columns": columns, "groups": 1, "row_parts": 1}
+        a = Layout(**shape, mt=mt, nt=nt, passes=passes, terms=2)
         if _runs(a):
             yield a
 
@@ -167,7 +170,7 @@ def cost(layout: Layout, tokens: int) -> float:
     """Estimated clocks of an H200 for so many tokens: latencies, and what a multiprocessor does at its rates."""
     a = layout
     columns, rows, warps = a.width / 8, 16 * a.k_steps, a.threads // 32
-    products = a.tiles * columns * a.k_steps * 3
+    products = a.tiles * columns * a.k_steps * a.terms
     tensor = max(products * 6.5 / min(4.0, warps), products / a.mt * 2)  # or the reading of B fragments
     if a.held:
         tensor = max(products * 6.5 * ceil_div(warps, 4) / warps, products / a.mt * 2)

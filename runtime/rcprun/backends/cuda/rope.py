@@ -1,5 +1,5 @@
-"""From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu
-and rope_many.cu.
+"""From the fused q|k|v linear to queries for attention and quantized keys and values in the cache. Launches rope.cu,
+rope_many.cu and rope_lanes.cu.
 
 Shape suffixes: M tokens, C channels (q, k and v: H + 2G heads of D), H heads, G KV heads, D head_dim, T positions,
 R rows of the linear.
@@ -20,6 +20,10 @@ from rcprun.backends.cuda.launch import check, kernel
 
 MAX_HEAD_DIM = 1024
 _WARPS = 4
+_LANES_CHANNELS = 512
+"""Of neighbouring heads that a warp of rope_lanes.cu does together."""
+_LANES_TOKENS = 4
+"""That it does one after the other: the layer's scales are read once."""
 
 
 class Rope:
@@ -39,6 +43,7 @@ class Rope:
         plan = hadamard_factor(a.head_dim)
         self.norm = np.float32(plan.norm)
         self.paley = cupy.asarray(paley_matrix(plan.m)) if r3 and plan.m > 1 else None
+        self._by_lanes = a.head_dim in (32, 64, 128, 256, 512)
         self.hadamard = (("PALEY", plan.m if r3 else 0), ("HADAMARD", plan.block))
 
     @property
@@ -63,7 +68,8 @@ class Rope:
         qk_gain: float32 (D,) of q and of k, where the architecture has qk_norm.
         """
         check(qkv_MC, "qkv", np.float32, (len(q_MC), (self._heads + 2 * self._kv_heads) * self._head_dim))
-        self._launch("rope", (qkv_MC,), (), position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain)
+        rest = position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain
+        self._launch("rope", self._grid(len(q_MC)), (qkv_MC,), (), *rest)
 
     def from_sums(
         self,
@@ -86,11 +92,19 @@ class Rope:
         check(scale_R, "scale of rows", np.float32, (rows,))
         assert rows >= (self._heads + 2 * self._kv_heads) * self._head_dim
         sums = sum_MR, x_scale_M, scale_R, bias_R
-        self._launch("rope_many", sums, (np.int32(rows),), position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain)
+        rest = position_M, slot_M, cache, layer, kv_clip, q_MC, qk_gain
+        if self._by_lanes:
+            kinds = (self._heads, self._kv_heads, self._kv_heads)
+            groups = sum(ceil_div(heads * self._head_dim, _LANES_CHANNELS) for heads in kinds)
+            grid = ceil_div(count, _LANES_TOKENS), ceil_div(groups, _WARPS), 1
+            self._launch("rope_lanes", grid, sums, (np.int32(count), np.int32(rows)), *rest)
+        else:
+            self._launch("rope_many", self._grid(count), sums, (np.int32(rows),), *rest)
 
     def _launch(
         self,
         name: str,
+        grid: tuple[int, int, int],
         qkv: tuple[cupy.ndarray | None, ...],
         sizes: tuple[np.int32, ...],
         position_M: cupy.ndarray,
@@ -101,14 +115,14 @@ class Rope:
         q_MC: cupy.ndarray,
         qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None,
     ) -> None:
-        """rope.cu, or rope_many.cu, which differ in where qkv comes from and how long its rows are."""
+        """rope.cu, or rope_many.cu or rope_lanes.cu, to which qkv comes as sums, with sizes of its own."""
         count, width = len(q_MC), self._head_dim
         check(q_MC, "q", np.float32, (count, self._heads * width))
         for what, array in (("position", position_M), ("slot", slot_M)):
             check(array, what, np.int32, (count,))
         defines = (("HEAD_DIM", width), ("BITS", cache.bits), *self.hadamard)
         kernel(name, name, defines).launch(
-            (count, ceil_div(self._heads + 2 * self._kv_heads, _WARPS), 1),
+            grid,
             32 * _WARPS,
             (
                 *qkv,
@@ -130,6 +144,10 @@ class Rope:
             ),
             overlap=True,
         )
+
+    def _grid(self, count: int) -> tuple[int, int, int]:
+        """Of a warp to a head."""
+        return count, ceil_div(self._heads + 2 * self._kv_heads, _WARPS), 1
 
     def gains(self, qk_gain: tuple[cupy.ndarray, cupy.ndarray] | None) -> tuple[cupy.ndarray | None, ...]:
         """As kernels take them."""

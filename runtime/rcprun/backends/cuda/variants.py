@@ -91,16 +91,20 @@ VARIANTS: dict[str, tuple[Definitions, ...]] = {
         {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
         {"HEAD_DIM": 20, "BITS": 4, "PALEY": 20, "HADAMARD": 20},
     ),
-    "rope_many": (
+    "rope_lanes": (
         {"HEAD_DIM": 128, "BITS": 4, "PALEY": 1, "HADAMARD": 128},
+        {"HEAD_DIM": 64, "BITS": 8, "PALEY": 0, "HADAMARD": 64},
+    ),
+    "rope_many": (
+        {"HEAD_DIM": 96, "BITS": 4, "PALEY": 12, "HADAMARD": 96},
         {"HEAD_DIM": 20, "BITS": 8, "PALEY": 20, "HADAMARD": 20},
     ),
     "sample": ({"RCP_FIELDS": 18438, "RCP_QUADS": 2}, {"RCP_FIELDS": 18438, "RCP_QUADS": 8}),
     "sample_all": ({"RCP_CHUNK": 4096, "RCP_FIELDS": 18438},),
     "swiglu_hadamard": (
-        {"DENSE": 344, "COLUMNS": 32, "MT": 2, "NT": 2, "PASSES": 2},  # 11008
-        {"DENSE": 112, "COLUMNS": 128, "MT": 2, "NT": 2, "PASSES": 4},  # 14336
-        {"DENSE": 44, "COLUMNS": 32, "MT": 1, "NT": 4, "PASSES": 1},  # 1408
+        {"DENSE": 344, "COLUMNS": 32, "MT": 2, "NT": 2, "PASSES": 2, "BIASED": 0},  # 11008
+        {"DENSE": 112, "COLUMNS": 128, "MT": 2, "NT": 2, "PASSES": 4, "BIASED": 0},  # 14336
+        {"DENSE": 44, "COLUMNS": 32, "MT": 1, "NT": 4, "PASSES": 1, "BIASED": 1},  # 1408
     ),
 }
 """Name of a `.cu` file to its definition sets, each of which defines all that the file asks for."""

@@ -48,3 +48,17 @@ __device__ __forceinline__ i8 token_code(float x, const TokenScale& t, int bits)
     const float code = fminf(fmaxf(rintf(__fmul_rn(x, t.inverse)), -largest - 1.0f), largest);
     return t.zero ? (i8)0 : (i8)code;
 }
+
+// token_code as the lowest byte, without conversions, which are slow: limits are integers, so they may come first, and
+// beyond 2^23 floats are integers. A token that is zero there is so by itself: its numbers are below 2^-100.
+struct Coder {
+    float inverse, least, largest;
+
+    __device__ __forceinline__ Coder(const TokenScale& token, int bits)
+        : inverse(token.inverse), least(-(float)(1 << (bits - 1))), largest(-least - 1.0f) {}
+    __device__ __forceinline__ u32 code(float x) const {
+        return __float_as_uint(fminf(fmaxf(__fmul_rn(x, inverse), least), largest) + 12582912.0f);
+    }
+    __device__ __forceinline__ u32 two(const float* x) const { return __byte_perm(code(x[0]), code(x[1]), 0x0040); }
+    __device__ __forceinline__ u32 four(const float* x) const { return __byte_perm(two(x), two(x + 2), 0x5410); }
+};

@@ -386,8 +386,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     if constexpr (PARTS > 1) peak = exchange_max(peak, part, exchange);
     const TokenScale token = token_scale(__uint_as_float(peak), clip, code_bits);
     if (part == 0 && threadIdx.x == 0) scale[vector] = token.scale;
-    const int levels = 1 << (code_bits - 1);
-    const Coder coder = {token.inverse, -(float)levels, (float)(levels - 1)};
+    const Coder coder(token, code_bits);
 #endif
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {

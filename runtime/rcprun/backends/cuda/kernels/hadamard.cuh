@@ -20,9 +20,9 @@ __device__ __forceinline__ u32 split_pair(float& a, float& b) {
 }
 
 // Register j (0..3) of the A fragment of a word's k step (0..3): a pair of bf16 ±1. Bits 15 - s and 31 - s, with
-// s = 4·step + j, are the signs of its lower and upper half.
-__device__ __forceinline__ u32 signs(u32 word, int step, int j) {
-    return ((word << (4 * step + j)) & 0x80008000u) | 0x3f803f80u;
+// s = 4·step + j, are the signs of its lower and upper half. ones: a pair of 1, in another format if need be.
+__device__ __forceinline__ u32 signs(u32 word, int step, int j, u32 ones = 0x3f803f80u) {
+    return masked_or(word << (4 * step + j), 0x80008000u, ones);
 }
 
 // B fragments of NT tiles: 16 rows, 8·NT columns of row-major bf16. address: of row lane % 16, column 8 · (lane / 16).
@@ -62,15 +62,3 @@ __device__ __forceinline__ void store_terms(u16* row, u32 column, float (&v)[4])
         *(u32*)(high + term * TERM) = split_pair(v[2], v[3]);
     }
 }
-
-// token_code of common.cuh as the lowest byte, without conversions, which are slow: limits are integers, so they may come
-// first, and beyond 2^23 floats are integers. A token that is zero there is so by itself: its numbers are below 2^-100.
-struct Coder {
-    float inverse, least, largest;
-
-    __device__ __forceinline__ u32 code(float x) const {
-        return __float_as_uint(fminf(fmaxf(__fmul_rn(x, inverse), least), largest) + 12582912.0f);
-    }
-    __device__ __forceinline__ u32 two(const float* x) const { return __byte_perm(code(x[0]), code(x[1]), 0x0040); }
-    __device__ __forceinline__ u32 four(const float* x) const { return __byte_perm(two(x), two(x + 2), 0x5410); }
-};

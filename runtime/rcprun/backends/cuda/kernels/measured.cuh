@@ -67,7 +67,7 @@ struct Measured {
         if (PROLOGUE == 1) norm = __frcp_rn(__fsqrt_rn(__fadd_rn(mean(sum), eps)));
         token = token_scale(__fmul_rn(__uint_as_float(peak), norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
     }
-    // The code of a column in the lowest bits of a word, others are set too; see Coder in hadamard.cu for why it is right.
+    // The code of a column in the lowest bits of a word, others are set too; see Coder in common.cuh for why it is right.
     __device__ __forceinline__ u32 code(float x) const {
         constexpr float LARGEST = (1 << (A_BITS - 1)) - 1;
         const float scaled = __fmul_rn(PROLOGUE == 1 ? __fmul_rn(x, norm) : x, token.inverse);

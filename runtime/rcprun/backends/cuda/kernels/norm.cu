@@ -25,6 +25,11 @@ constexpr int WIDTH = RCP_K % 4 ? 1 : 4;  // floats of a load: rows are aligned 
 constexpr int VECTORS = RCP_K / WIDTH;
 constexpr int TURNS = (VECTORS + RCP_THREADS - 1) / RCP_THREADS;
 
+// Whether a thread's vector number i is one of the row; known to the compiler for rows that fill all turns.
+__device__ __forceinline__ bool is_there(int i) {
+    return VECTORS >= (i + 1) * RCP_THREADS || threadIdx.x + i * RCP_THREADS < VECTORS;
+}
+
 // The vectors of one row that this thread holds: number threadIdx.x, + RCP_THREADS, …; zeros after the last.
 struct Row {
     float x[TURNS][WIDTH];
@@ -34,26 +39,39 @@ struct Row {
         for (int i = 0; i < TURNS; ++i) {
             const int v = threadIdx.x + i * RCP_THREADS;
             if constexpr (WIDTH == 4) {
-                const float4 four = v < VECTORS ? ((const float4*)row)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                const float4 four = is_there(i) ? ((const float4*)row)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
             } else {
-                x[i][0] = v < VECTORS ? row[v] : 0.0f;
+                x[i][0] = is_there(i) ? row[v] : 0.0f;
             }
         }
     }
 
-    // Adds what the sums of a token become.
+    // Adds what the sums of a token become, all of which are asked for before one is used.
     __device__ __forceinline__ void add(const int* sum, float x_scale, const float* scale_R, const float* bias_R) {
+        int sums[TURNS][WIDTH];
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             const int v = threadIdx.x + i * RCP_THREADS;
-            if (v >= VECTORS) continue;
+            if (!is_there(i)) continue;
+            if constexpr (WIDTH == 4) {
+                const int4 four = __ldcs((const int4*)sum + v);
+                sums[i][0] = four.x, sums[i][1] = four.y, sums[i][2] = four.z, sums[i][3] = four.w;
+            } else {
+                sums[i][0] = sum[v];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            const int v = threadIdx.x + i * RCP_THREADS;
+            if (!is_there(i)) continue;
             if constexpr (WIDTH == 4) {
                 const Rows rows(scale_R, bias_R, 4 * v);
-                const float4 all = Rows::plus({x[i][0], x[i][1], x[i][2], x[i][3]}, rows(__ldcs((const int4*)sum + v), x_scale));
+                const int4 four = {sums[i][0], sums[i][1], sums[i][2], sums[i][3]};
+                const float4 all = Rows::plus({x[i][0], x[i][1], x[i][2], x[i][3]}, rows(four, x_scale));
                 x[i][0] = all.x, x[i][1] = all.y, x[i][2] = all.z, x[i][3] = all.w;
             } else {
-                const float y = rescaled(sum[v], x_scale, scale_R[v]);
+                const float y = rescaled(sums[i][0], x_scale, scale_R[v]);
                 x[i][0] = __fadd_rn(x[i][0], bias_R ? __fadd_rn(y, bias_R[v]) : y);
             }
         }
@@ -63,7 +81,7 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             const int v = threadIdx.x + i * RCP_THREADS;
-            if (v >= VECTORS) continue;
+            if (!is_there(i)) continue;
             if constexpr (WIDTH == 4)
                 ((float4*)row)[v] = {x[i][0], x[i][1], x[i][2], x[i][3]};
             else
@@ -106,18 +124,17 @@ __device__ __forceinline__ void quantize_row(
     const Row& row, float factor, float peak, i8* codes, float* scale, float clip, i32 bits) {
     const TokenScale token = token_scale(peak, clip, bits);
     if (threadIdx.x == 0) *scale = token.scale;
+    const Coder coder(token, bits);
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
         const int v = threadIdx.x + i * RCP_THREADS;
-        u32 packed = 0;
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j)
-            packed |= (u32)(u8)token_code(__fmul_rn(row.x[i][j], factor), token, bits) << (8 * j);
-        if (v < VECTORS) {
-            if constexpr (WIDTH == 4)
-                ((u32*)codes)[v] = packed;
-            else
-                codes[v] = (i8)packed;
+        if (!is_there(i)) continue;
+        if constexpr (WIDTH == 4) {
+            const float y[4] = {__fmul_rn(row.x[i][0], factor), __fmul_rn(row.x[i][1], factor),
+                                __fmul_rn(row.x[i][2], factor), __fmul_rn(row.x[i][3], factor)};
+            ((u32*)codes)[v] = coder.four(y);
+        } else {
+            codes[v] = (i8)coder.code(__fmul_rn(row.x[i][0], factor));
         }
     }
 }
@@ -171,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(RCP_THREADS) normalize(const float*
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
         const int v = threadIdx.x + i * RCP_THREADS;
-        if (v >= VECTORS) continue;
+        if (!is_there(i)) continue;
         float y[WIDTH];
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) y[j] = __fmul_rn(row.x[i][j], factor);

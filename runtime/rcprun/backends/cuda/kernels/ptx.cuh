@@ -56,6 +56,11 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float reciprocal(float x) {  // within one unit of the last place; 0 from 2^126 on
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // ---- Words
 
@@ -187,6 +192,12 @@ __device__ __forceinline__ float load_now(const float* address) {
 __device__ __forceinline__ i32 load_now(const i32* address) {
     i32 v;
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ int4 load_now(const int4* address) {
+    int4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.s32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
     return v;
 }
 

@@ -154,8 +154,25 @@ __device__ __forceinline__ float clamp_half(float x) {
     return -max_or_nan(-max_or_nan(x, -65504.0f), -65504.0f);
 }
 
+// How a head's codes follow from its largest and smallest channel. bits: low (f16, lower half), step (f16, upper half).
+struct HeadScale {
+    static constexpr float TOP = (1 << BITS) - 1;
+    float low, inverse;
+    u32 bits;
+
+    __device__ __forceinline__ HeadScale(float highest, float lowest, float clip) {
+        const float high = clamp_half(clip * highest);
+        const u16 low_half = half_from_float(clamp_half(clip * lowest));
+        low = float_from_half(low_half);
+        const float rounded = float_from_half(half_from_float(clamp_half(__fdiv_rn(high - low, TOP))));
+        const float step = max_or_nan(rounded, 6.103515625e-05f);  // 2^-14
+        inverse = __fdiv_rn(1.0f, step);
+        bits = low_half | (u32)half_from_float(step) << 16;
+    }
+};
+
 // The codes of x, STORED floats in shared memory of which D count: write(half word, its codes), lowest bits first.
-// Returns low (f16, lower half) and step (f16, upper half).
+// Returns the bits of their scale.
 template <typename Write>
 __device__ __forceinline__ u32 quantize_head(const float* x, float clip, Write write) {
     struct alignas(4 * HALF_WORD) Floats {
@@ -176,23 +193,17 @@ __device__ __forceinline__ u32 quantize_head(const float* x, float clip, Write w
             minus_low = max_or_nan(minus_low, -own[n].of[s]);
         }
     }
-    constexpr float TOP = (1 << BITS) - 1;
-    high = clamp_half(clip * warp_max(high));
-    const u16 low_half = half_from_float(clamp_half(clip * -warp_max(minus_low)));
-    const float low = float_from_half(low_half);
-    const float rounded = float_from_half(half_from_float(clamp_half(__fdiv_rn(high - low, TOP))));
-    const float step = max_or_nan(rounded, 6.103515625e-05f);  // 2^-14
-    const float inverse = __fdiv_rn(1.0f, step);
+    const HeadScale scale(warp_max(high), -warp_max(minus_low), clip);
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         const int index = lane + 32 * n;
         u32 codes = 0;
 #pragma unroll
         for (int s = 0; s < HALF_WORD; s++) {
-            const float code = index * HALF_WORD + s < HEAD_DIM ? rintf((own[n].of[s] - low) * inverse) : 0.0f;
-            codes |= (u32)fminf(fmaxf(code, 0.0f), TOP) << (BITS * s);
+            const float code = index * HALF_WORD + s < HEAD_DIM ? rintf((own[n].of[s] - scale.low) * scale.inverse) : 0.0f;
+            codes |= (u32)fminf(fmaxf(code, 0.0f), HeadScale::TOP) << (BITS * s);
         }
         if (index < HALF_WORDS) write(index, (u16)codes);
     }
-    return low_half | (u32)half_from_float(step) << 16;
+    return scale.bits;
 }

@@ -7,11 +7,14 @@
 //   codes    i8 [m][stride]    the first DENSE * COLUMNS bytes of a row are written
 //   scale    f32 [m]           of the sums' input; then of the codes
 //
+// X Y is two f16 terms, 22 bits and more of each float: its largest magnitude is known before, and a power of two brings
+// it to [2^14, 2^15), so that what is lost of small floats is nothing beside it.
+//
 // While tensor cores work on one vector, the other block of a multiprocessor reads the sums of the next. A warp computes
 // MT tiles of rows in one span of 8 NT columns after the other, PASSES in all, and holds its outputs until the token's
 // largest magnitude is known.
 //
-// Grid m, block THREADS, dynamic shared memory 6 * 16 * K_STEPS * STRIDE bytes. Limits: COLUMNS a power of two, 8 to 128.
+// Grid m, block THREADS, dynamic shared memory 4 * 16 * K_STEPS * STRIDE bytes. Limits: COLUMNS a power of two, 8 to 128.
 #ifndef DENSE
 #error "DENSE: the order of D"
 #endif
@@ -27,6 +30,9 @@
 #ifndef PASSES
 #error "PASSES: spans of columns of a warp, one after the other"
 #endif
+#ifndef BIASED
+#error "BIASED: whether there is bias_R"
+#endif
 
 #include "hadamard.cuh"
 #include "rescale.cuh"
@@ -40,31 +46,63 @@ constexpr int TERM = 16 * K_STEPS * STRIDE;
 constexpr int REGISTERS = 4 * MT * NT * (PASSES + 1) + 40 > 80 ? 4 * MT * NT * (PASSES + 1) + 40 : 80;
 static_assert(COLUMNS >= 8 && COLUMNS <= 128 && SPANS % PASSES == 0 && DENSE * COLUMNS % 8 == 0, "limits");
 
-// SwiGLU, times Y, as terms; rows from DENSE on are zero.
-__device__ __forceinline__ void sylvester(const int* sum, float x_scale, const float* scale_R, const float* bias_R, u16* terms) {
-    constexpr int QUADS = COLUMNS / 4, COUNT = 16 * K_STEPS * QUADS, BATCH = 4;  // loads of a batch are in flight together
-    constexpr int BATCHES = (COUNT + BATCH * THREADS - 1) / (BATCH * THREADS);
-#pragma unroll 1
-    for (int batch = 0; batch < BATCHES; ++batch) {
-        const int first = batch * BATCH * THREADS + threadIdx.x;
-        int4 gate[BATCH], up[BATCH];
-        int from[BATCH];
+// Quads of neighbouring columns: in a row, in all, of a thread (numbers threadIdx.x, + THREADS, …: in the same columns),
+// and those whose sums are asked for before they are used.
+constexpr int QUADS = COLUMNS / 4, COUNT = 16 * K_STEPS * QUADS, OWN = (COUNT + THREADS - 1) / THREADS, AHEAD = OWN < 4 ? OWN : 4;
+
+// Whether a thread's quad number i is below count; known to the compiler where all threads' are.
+__device__ __forceinline__ bool is_below(int i, int count) {
+    return (i + 1) * THREADS <= count || threadIdx.x + i * THREADS < count;
+}
+
+// SwiGLU, times Y; rows from DENSE on are zero.
+__device__ __forceinline__ void sylvester(
+    float (&v)[OWN][4], const int* sum, float x_scale, const float* __restrict__ scale_R, const float* __restrict__ bias_R) {
+    const int first = threadIdx.x / 2 * 16 + threadIdx.x % 2 * 4;
+    auto from = [&](int i) { return is_below(i, DENSE * QUADS) ? first + i * THREADS * 8 : 0; };  // gate_row of its columns
+    int4 gate[OWN], up[OWN];
+    auto ask = [&](int i) {
+        gate[i] = load_now((const int4*)(sum + from(i)));
+        up[i] = load_now((const int4*)(sum + from(i) + 8));
+    };
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            from[i] = gate_row(min(first + i * THREADS, DENSE * QUADS - 1) * 4);
-            gate[i] = __ldcs((const int4*)(sum + from[i]));
-            up[i] = __ldcs((const int4*)(sum + from[i] + 8));
-        }
+    for (int i = 0; i < AHEAD; ++i) ask(i);
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int row = (first + i * THREADS) / QUADS, column = (first + i * THREADS) % QUADS * 4;
-            const Rows gate_rows(scale_R, bias_R, from[i]), up_rows(scale_R, bias_R, from[i] + 8);
-            const float4 z = silu_times(gate_rows(gate[i], x_scale), up_rows(up[i], x_scale));
-            float v[4] = {z.x, z.y, z.z, z.w};
-            sylvester_of_row<COLUMNS>(v);
-            if (COUNT % (BATCH * THREADS) && row >= 16 * K_STEPS) continue;
-            if (row >= DENSE) v[0] = v[1] = v[2] = v[3] = 0.0f;
-            store_terms<TERM>(terms + row * STRIDE, column, v);
+    for (int i = 0; i < OWN; ++i) {
+        const float* const bias = BIASED ? bias_R : nullptr;
+        const Rows gate_rows(scale_R, bias, from(i)), up_rows(scale_R, bias, from(i) + 8);
+        const float4 z = silu_times(gate_rows(gate[i], x_scale), up_rows(up[i], x_scale));
+        if (i + AHEAD < OWN) ask(i + AHEAD);
+        const bool there = is_below(i, DENSE * QUADS);
+        v[i][0] = there ? z.x : 0.0f, v[i][1] = there ? z.y : 0.0f, v[i][2] = there ? z.z : 0.0f, v[i][3] = there ? z.w : 0.0f;
+        sylvester_of_row<COLUMNS>(v[i]);
+    }
+}
+
+// Both as f16, as a pair; and what that leaves.
+__device__ __forceinline__ u32 split_halves(float& a, float& b) {
+    const u32 pair = half_pair(a, b);
+    a -= float_from_half((u16)pair);
+    b -= float_from_half((u16)(pair >> 16));
+    return pair;
+}
+
+// Times factor, as terms.
+__device__ __forceinline__ void store(u16* terms, float (&v)[OWN][4], float factor) {
+    const int column = threadIdx.x % QUADS * 4;
+    u16* const row = terms + threadIdx.x / QUADS * STRIDE;
+    u16* const low = row + stored_column(column);
+    u16* const high = row + stored_column(column + 2);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        if (!is_below(i, COUNT)) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[i][j] *= factor;
+#pragma unroll
+        for (int term = 0; term < 2; ++term) {
+            const int at = i * (THREADS / QUADS) * STRIDE + term * TERM;
+            *(u32*)(low + at) = split_halves(v[i][0], v[i][1]);
+            *(u32*)(high + at) = split_halves(v[i][2], v[i][3]);
         }
     }
 }
@@ -79,16 +117,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTE
     const i64 token = blockIdx.x;
     const u32* const tile_bits = bits + tile * K_WORDS * 32 + lane;
     pdl_wait();
-    sylvester(sum_MR + token * rows, scale[token], scale_R, bias_R, terms);
+    __shared__ u32 scratch[32];
+    u32 peak = 0;
+    float v[OWN][4];
+    sylvester(v, sum_MR + token * rows, scale[token], scale_R, bias_R);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) peak = max(peak, magnitude(v[i][j]));
+    const u32 exponent = min(268 - (int)(block_peak(peak, scratch) >> 23), 253);
+    store(terms, v, __uint_as_float(exponent << 23));
+    const float back = __uint_as_float((254 - exponent) << 23);  // the inverse
     __syncthreads();
 
     float out[PASSES][MT][2][2 * NT];
-    u32 peak = 0;
+    peak = 0;
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int span = (pass * WARP_SPANS + warp % WARP_SPANS) * 8 * NT;
         const u32 own = shared_address(terms + lane % 16 * STRIDE + (NT > 1 ? lane / 16 * 8 : 0) + span);
-        float sums[2][MT][NT][4] = {};  // of upper terms, and of others
+        float sums[2][MT][NT][4] = {};  // of either term
         u32 word[MT], next[MT];
 #pragma unroll
         for (int i = 0; i < MT; ++i) next[i] = tile_bits[i * K_WORDS * 32];
@@ -106,16 +154,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTE
 #pragma unroll
                 for (int i = 0; i < MT; ++i)
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) a[i][j] = signs(word[i], step, j);
+                    for (int j = 0; j < 4; ++j) a[i][j] = signs(word[i], step, j, 0x3c003c00);
 #pragma unroll
-                for (int term = 0; term < 3; ++term) {
+                for (int term = 0; term < 2; ++term) {
                     u32 b[2 * NT];
                     load_tiles(b, own + (4 * k_word + step) * 16 * STRIDE * 2 + term * TERM * 2);
 #pragma unroll
                     for (int i = 0; i < MT; ++i)
 #pragma unroll
                         for (int t = 0; t < NT; ++t)
-                            mma_bf16(sums[term > 0][i][t], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * t], b[2 * t + 1]);
+                            mma(sums[term][i][t], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * t], b[2 * t + 1]);
                 }
             }
         }
@@ -131,12 +179,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / (THREADS * REGISTE
                 }
     }
 
-    __shared__ u32 scratch[32];
     peak = block_peak(peak, scratch);
-    const TokenScale of_token = token_scale(__uint_as_float(peak), clip, code_bits);
+    const TokenScale of_token = token_scale(__fmul_rn(__uint_as_float(peak), back), clip, code_bits);
     if (threadIdx.x == 0) scale[token] = of_token.scale;
-    const int levels = 1 << (code_bits - 1);
-    const Coder coder = {of_token.inverse, -(float)levels, (float)(levels - 1)};
+    Coder coder(of_token, code_bits);
+    coder.inverse = __fmul_rn(coder.inverse, back);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass)
 #pragma unroll
