@@ -24,11 +24,11 @@ STORE, ADD, SWIGLU = 0, 1, 2
 _WARPS, _STAGE_UNITS = 16, 2
 _PLANE_BYTES = 272
 """Of shared memory for the planes of a unit, where products go by them."""
-_MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 3, 2
+_MOST_SLOTS_FOR_FEW, _LEAST_SLOTS = 5, 2
 """Pieces of weights in shared memory (kernels/stream.cuh): at most for several tokens, and at least."""
-HALF_SHARED = 112 * 1024
-"""Bytes of shared memory for one of a multiprocessor's two blocks: the next layer's first weights come during this
-one."""
+HALF_SHARED, _WHOLE_SHARED = 112 * 1024, 200 * 1024
+"""Bytes of shared memory for a block: of one token, when a multiprocessor has two, since the next layer's first weights
+come during this one; and of several tokens, whose blocks take too many registers for that."""
 _FLIGHT = 3
 """Pieces asked for at a time, once the activations are there."""
 
@@ -112,7 +112,7 @@ def linear(
 
     NORMALIZE and QUANTIZE, of one token, take a clip, NORMALIZE an eps. ADD adds to what is in out. SWIGLU needs
     interleaved weights.
-    shared_limit: bytes of shared memory that a block takes, at most, where its weights leave a choice.
+    shared_limit: bytes of shared memory that a block for one token takes, at most, where its weights leave a choice.
     overlap: start while the kernel before still runs.
     hopper: False takes the path for GPUs before sm_90 everywhere.
     """
@@ -131,8 +131,8 @@ def linear(
     shared += weights.units * _PLANE_BYTES if planes else tokens * (weights.units * UNIT_COLUMNS + 16)
     piece = _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
     pieces = spec.ceil_div(spec.ceil_div(weights.tiles, weights.blocks) * weights.units // _STAGE_UNITS, _WARPS)
-    most = pieces if m == 1 else min(pieces, _MOST_SLOTS_FOR_FEW)
-    slots = max(_LEAST_SLOTS, min(most, (shared_limit - shared) // piece))
+    most, limit = (pieces, shared_limit) if m == 1 else (min(pieces, _MOST_SLOTS_FOR_FEW), _WHOLE_SHARED)
+    slots = max(_LEAST_SLOTS, min(most, (limit - shared) // piece))
     defines = {
         "CHANNELS": weights.k,
         "GROUP": weights.group,

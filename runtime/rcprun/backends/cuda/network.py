@@ -30,9 +30,9 @@ from rcprun.backends.cuda.weights import Layer, Weights
 PREFILL_TOKENS = 2048
 """Tokens that go through all layers at a time, at most: each pass expands all weights."""
 _HEAD_CLIP = np.float32(1)
-_SHARED = {"qkv": linear.HALF_SHARED, "o": linear.HALF_SHARED, "gate_up": 140 << 10, "down": 86 << 10}
-"""Bytes of shared memory of a linear layer's blocks. Neighbours share a multiprocessor: o has few weights, so that
-gate_up, which has most, can take more than half, and down less."""
+_SHARED = {"qkv": 122 << 10, "o": linear.HALF_SHARED, "gate_up": 130 << 10, "down": 96 << 10}
+"""Bytes of shared memory of a linear layer's blocks, for one token. Neighbours share a multiprocessor: o has few
+weights, so that gate_up, which has most, can take more than half, and down less."""
 
 
 class Operation(NamedTuple):

@@ -50,7 +50,7 @@
 
 constexpr int STAGES = UNITS / STAGE_UNITS;  // of a tile
 
-extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
+extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, TOKENS == 1 ? 2 : 1)
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
            int m, int columns, int tiles, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
     if (threadIdx.x == THREADS) {
         for (int i = 0; i < SLOTS; ++i) barrier_init(stream.full + i * 8, 1), barrier_init(stream.empty + i * 8, WARPS);
         barrier_init_done();
-        hurry = 0;
+        hurry = TOKENS > 1;
     }
     __syncthreads();
     if (warp == WARPS) {
@@ -110,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, 2)
     product.prepare((const i8*)activations, m);
 #endif
     product.seek(STAGES - in_tile);
-    pdl_wait();
+    if (warp == 0) pdl_wait();  // all warps, when all wait, go on up to half a microsecond apart
+    sync_computing();
 #if PLANES
     planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);
 #else

@@ -22,7 +22,7 @@ __device__ __forceinline__ void sync_computing() {
 __device__ __forceinline__ float4 load_columns(const float* row, int i) {
     float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
     if constexpr (CHANNELS % 4 == 0) {
-        if (CHANNELS == UNITS * 128 || i < CHANNELS) v = __ldcg((const float4*)(row + i));
+        if (i < CHANNELS) v = __ldcg((const float4*)(row + i));
     } else {
         if (i < CHANNELS) v.x = __ldcg(row + i);
         if (i + 1 < CHANNELS) v.y = __ldcg(row + i + 1);

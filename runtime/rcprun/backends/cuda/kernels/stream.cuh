@@ -2,8 +2,8 @@
 // one of SLOTS slots.
 //
 // On sm_90 a warp of its own asks for the pieces by bulk copies: while slots are free, and at most FLIGHT pieces at a
-// time, or one while the block waits for its activations: what is asked for beyond that comes no sooner, but all that
-// others read then waits behind it. Before sm_90, each warp copies its own part of a piece by cp.async.
+// time, or one until `hurry` is set: what is asked for beyond that comes no sooner, but all that others read then waits
+// behind it. Before sm_90, each warp copies its own part of a piece by cp.async.
 #pragma once
 
 #include "units.cuh"
@@ -24,8 +24,7 @@ struct Stream {
     int slot, parity;         // in turn, and its round
 
 #if RCP_HOPPER
-    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages. hurry: set when the
-    // activations are there.
+    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages.
     __device__ __forceinline__ void fetch(const u8* from, int rounds, int last, const volatile u32* hurry) {
         int turn = 0, landed = 0, landing = 0, landing_parity = 0;  // landing: the slot of the first piece under way
         parity = 1;
