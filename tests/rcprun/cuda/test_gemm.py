@@ -135,6 +135,7 @@ def test_sums_of_gate_and_up_are_rotated(n: int) -> None:
     rng, m = np.random.default_rng(n), 20
     packed = pack(*(random_layer(rng, n, 192, 128, bias=n == 480) for _ in range(2)), interleave=True)
     codes, x_scale = rng.integers(-8, 8, (m, 192), dtype=np.int8), rng.uniform(0.01, 0.1, m).astype(np.float32)
+    x_scale[:4] = 1e-20, 1e-10, 1e7, 0  # peaks from below 2^-100 to above 2^50, which terms have to be brought to
     z, transform = poisoned((m, n)), Transform(n)
     Gemm([[packed]], m)(packed, padded_codes(codes), cupy.asarray(x_scale), z, epilogue=SWIGLU)
     found, expected = ((cupy.full((m, -(-n // 128) * 128), 77, np.int8), cupy.asarray(x_scale)) for _ in range(2))

@@ -19,11 +19,12 @@ MAX_HEAD_DIM = 512
 _NO_WINDOW = 2**31 - 1
 _PART_CHANNELS = 256
 """Of a block's output, at most."""
-_REGISTER_CHANNELS = 128
+_REGISTER_CHANNELS = 96
 """Queries of up to so many channels stay in registers, longer ones in shared memory."""
+_FIRST_BLOCK_CHANNELS = 128
 _WARP_QUERIES = 16
 _BLOCKS = (4, 64), (4, 32), (2, 32), (2, 16), (1, 16)
-"""Warps and tokens of a tile, the best first; for longer vectors from the second on."""
+"""Warps and tokens of a tile, the best first; the first for vectors of up to _FIRST_BLOCK_CHANNELS only."""
 
 
 def prefill_attention(
@@ -64,7 +65,7 @@ def _block(head_dim: int, bits: int) -> tuple[int, int, int, int]:
     assert head_dim <= MAX_HEAD_DIM
     most = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
     padded = vector_bytes(head_dim, bits) * 8 // bits
-    for warps, tokens in _BLOCKS[padded > _REGISTER_CHANNELS :]:
+    for warps, tokens in _BLOCKS[padded > _FIRST_BLOCK_CHANNELS :]:
         parts = ceil_div(padded, _PART_CHANNELS)
         shared = shared_bytes(padded, bits, warps, tokens, parts)
         if shared <= most:

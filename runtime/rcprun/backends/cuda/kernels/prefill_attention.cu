@@ -33,7 +33,7 @@
 constexpr int THREADS = 32 * BLOCK_WARPS, ROWS = 16 * BLOCK_WARPS;
 constexpr int GROUPS = WORDS;                             // of 8 * UNIT channels: 4 words of a key, 8 of a pair of values
 constexpr int OUT_GROUPS = (GROUPS + PARTS - 1) / PARTS;  // of a block's output
-constexpr bool Q_IN_REGISTERS = PADDED <= 128;
+constexpr bool Q_IN_REGISTERS = PADDED <= 96;  // beside the sums, without which operands come one at a time
 constexpr float LARGEST = 15.0f, RESET = 8.0f;  // log2 of the largest weight: allowed, and after peak has moved
 constexpr float LOWEST = -1.0e30f;              // of peak: NEVER is far below it
 static_assert(TILE_TOKENS % 16 == 0 && TILE_TOKENS <= THREADS);
@@ -327,17 +327,24 @@ struct Queries {
                     split_pair(x, y, a[0][2 * half + r], a[1][2 * half + r]);
                 }
             }
+            // As many operands at once as keep sums apart that follow on each other.
+            constexpr int SLOTS = OUT_GROUPS * UNIT / 2, BATCH = SLOTS % 4 == 0 ? 4 : SLOTS % 2 == 0 ? 2 : 1;
+            const u32 from = shared_address(&tile.values[k][0][0].at(g, j));
 #pragma unroll
-            for (int i = 0; i < OUT_GROUPS; ++i) {
-                ValueSlots::Slot value[UNIT / 2];
+            for (int first = 0; first < SLOTS; first += BATCH) {
+                uint4 value[BATCH];
 #pragma unroll
-                for (int u = 0; u < UNIT / 2; ++u) value[u] = tile.values[k][i][u].at(g, j);
+                for (int s = 0; s < BATCH; ++s) value[s] = load4(from + (first + s) * (u32)sizeof(ValueSlots));
 #pragma unroll
                 for (int hi_lo = 0; hi_lo < 2; ++hi_lo) {
                     const u32(&w)[4] = a[hi_lo];
 #pragma unroll
-                    for (int u = 0; u < UNIT; ++u)
-                        mma(acc[i][u], w[0], w[1], w[2], w[3], value[u / 2].of[u % 2 * 2], value[u / 2].of[u % 2 * 2 + 1]);
+                    for (int s = 0; s < BATCH; ++s) {
+                        float(&sums)[UNIT][4] = acc[(first + s) / (UNIT / 2)];
+                        const int u = (first + s) % (UNIT / 2) * 2;
+                        mma(sums[u], w[0], w[1], w[2], w[3], value[s].x, value[s].y);
+                        mma(sums[u + 1], w[0], w[1], w[2], w[3], value[s].z, value[s].w);
+                    }
                 }
             }
         }

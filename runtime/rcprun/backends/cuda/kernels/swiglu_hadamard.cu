@@ -58,8 +58,8 @@ __device__ __forceinline__ bool is_below(int i, int count) {
 // SwiGLU, times Y; rows from DENSE on are zero.
 __device__ __forceinline__ void sylvester(
     float (&v)[OWN][4], const int* sum, float x_scale, const float* __restrict__ scale_R, const float* __restrict__ bias_R) {
-    const int first = threadIdx.x / 2 * 16 + threadIdx.x % 2 * 4;
-    auto from = [&](int i) { return is_below(i, DENSE * QUADS) ? first + i * THREADS * 8 : 0; };  // gate_row of its columns
+    const int first = gate_row(threadIdx.x * 4);
+    auto from = [&](int i) { return is_below(i, DENSE * QUADS) ? first + i * THREADS * 8 : 0; };  // gate_row of its column
     int4 gate[OWN], up[OWN];
     auto ask = [&](int i) {
         gate[i] = load_now((const int4*)(sum + from(i)));
