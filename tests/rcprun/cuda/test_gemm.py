@@ -22,7 +22,7 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
     rng = np.random.default_rng(n + k)
     layer = random_layer(rng, n, k, group, bias=n % 2 == 1)
     packed = pack(layer)
-    gemm = Gemm([[packed]], 300)
+    gemm = Gemm([packed], 300)
     for m in (9, 64, 300):
         codes = rng.integers(-8, 8, (m, k), dtype=np.int8)
         scale = rng.uniform(0.01, 0.1, (m, 1)).astype(np.float32)
@@ -34,23 +34,6 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
         ):
             gemm(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=epilogue)
             assert np.array_equal(out.get(), wanted), f"m {m}: {worst(out.get(), wanted)}"
-
-
-def test_layers_are_expanded_together() -> None:
-    """Ahead of their products, which may come in any order; others take their place."""
-    from rcprun.backends.cuda.gemm import Gemm
-
-    rng = np.random.default_rng(2)
-    layers = [random_layer(rng, n, 192, 64 if n == 40 else 128, bias=False) for n in (300, 40, 1413)]
-    packed = [pack(layer) for layer in layers]
-    gemm = Gemm([packed[:2], packed[2:]], 20)
-    codes = rng.integers(-8, 8, (20, 192), dtype=np.int8)
-    for first, *others in ((0, 1), (2,), (1, 0)):
-        gemm.expand(packed[first], *(packed[other] for other in others))
-        for index in (*others, first):
-            sums = gemm.multiply(packed[index], padded_codes(codes)).get()
-            expected = arithmetic.integer_matmul(codes, layers[index].integers())
-            assert np.array_equal(sums[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -65,7 +48,7 @@ def test_sums_are_rescaled_in_parts(interleave: bool) -> None:
     packed = pack(*(random_layer(rng, 300, 192, 128, bias=True) for _ in range(1 + interleave)), interleave=interleave)
     codes = padded_codes(rng.integers(-8, 8, (27, 192), dtype=np.int8))
     scale = cupy.asarray(rng.uniform(0.01, 0.1, 27).astype(np.float32))
-    whole, parts, gemm = poisoned((27, 300)), poisoned((27, 300)), Gemm([[packed]], 30)
+    whole, parts, gemm = poisoned((27, 300)), poisoned((27, 300)), Gemm([packed], 30)
     gemm(packed, codes, scale, whole, epilogue=epilogue)
     gemm.multiply(packed, codes)
     for first in range(0, 27, 10):
@@ -87,7 +70,7 @@ def test_gate_and_up(n: int) -> None:
     packed = pack(gate, up, interleave=True)
     codes, scale = rng.integers(-8, 8, (50, 192), dtype=np.int8), rng.uniform(0.01, 0.1, (50, 1)).astype(np.float32)
     out = poisoned((50, n))
-    Gemm([[packed]], 50)(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=SWIGLU)
+    Gemm([packed], 50)(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=SWIGLU)
     expected = arithmetic.silu(reference(gate, codes, scale)) * reference(up, codes, scale)
     assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
 
@@ -95,7 +78,7 @@ def test_gate_and_up(n: int) -> None:
 def sums_of(packed: Any, codes: np.ndarray, tokens: int) -> Any:
     from rcprun.backends.cuda.gemm import Gemm
 
-    return Gemm([[packed]], tokens).multiply(packed, padded_codes(codes))
+    return Gemm([packed], tokens).multiply(packed, padded_codes(codes))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -114,7 +97,7 @@ def test_sums_are_added_and_normalized(n: int, bits: int) -> None:
     before = rng.normal(size=(m, n)).astype(np.float32)
     how = {"eps": np.float32(1e-5), "clip": np.float32(0.9), "bits": bits}
     apart, together = cupy.asarray(before), cupy.asarray(before)
-    Gemm([[packed]], m)(packed, padded_codes(codes), cupy.asarray(x_scale), apart, epilogue=ADD)
+    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), apart, epilogue=ADD)
     found, expected = ((cupy.zeros((m, -(-n // 128) * 128), np.int8), cupy.asarray(x_scale)) for _ in range(2))
     norm_quantize(apart, *expected, **how)
     add_norm_quantize(sums_of(packed, codes, m), packed.scale_R, packed.bias_R, together, *found, **how)
@@ -137,7 +120,7 @@ def test_sums_of_gate_and_up_are_rotated(n: int) -> None:
     codes, x_scale = rng.integers(-8, 8, (m, 192), dtype=np.int8), rng.uniform(0.01, 0.1, m).astype(np.float32)
     x_scale[:4] = 1e-20, 1e-10, 1e7, 0  # peaks from below 2^-100 to above 2^50, which terms have to be brought to
     z, transform = poisoned((m, n)), Transform(n)
-    Gemm([[packed]], m)(packed, padded_codes(codes), cupy.asarray(x_scale), z, epilogue=SWIGLU)
+    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), z, epilogue=SWIGLU)
     found, expected = ((cupy.full((m, -(-n // 128) * 128), 77, np.int8), cupy.asarray(x_scale)) for _ in range(2))
     workspace = cupy.empty((m, n), np.float32)
     how = {"clip": np.float32(0.9), "bits": 4}

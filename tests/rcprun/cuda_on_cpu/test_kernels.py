@@ -51,7 +51,6 @@ FAST: dict[Test, tuple[dict[str, Any], ...]] = {
     ),
     test_gemm.test_many_tokens_are_exact: ({"n": 333, "k": 173, "group": 64}, {"n": 40, "k": 300, "group": 128}),
     test_gemm.test_gate_and_up: ({"n": 480},),
-    test_gemm.test_layers_are_expanded_together: ({},),
     test_gemm.test_sums_are_rescaled_in_parts: ({"interleave": True},),
     test_gemm.test_sums_are_added_and_normalized: ({"n": 480, "bits": 4}, {"n": 173, "bits": 8}),
     test_gemm.test_sums_of_gate_and_up_are_rotated: ({"n": 480}, {"n": 1408}),

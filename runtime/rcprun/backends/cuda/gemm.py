@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import cupy
@@ -10,28 +10,24 @@ import numpy as np
 from cupy_backends.cuda.libs import cublas
 
 from rcpformat import spec
-from rcprun.backends.cuda.launch import check, kernel, multiprocessors
+from rcprun.backends.cuda.launch import check, kernel
 from rcprun.backends.cuda.linear import STORE, SWIGLU, TILE_ROWS, UNIT_COLUMNS, UnitLinear
 
 _CUDA_R_8I, _CUDA_R_32I, _CUBLAS_COMPUTE_32I = 3, 10, 72
 _CUBLAS_GEMM_DEFAULT = -1
-_EXPAND_THREADS = 128
+_EXPAND_WARPS, _EXPAND_TURNS = 8, 2
 _RESCALE_THREADS = 256
 
 
 class Gemm:
     """Products with any of some layers, one at a time, through buffers that they share."""
 
-    def __init__(self, expanded_together: Iterable[Sequence[UnitLinear]], tokens: int) -> None:
-        """expanded_together: what expand will be called with. tokens: of one product, at most."""
+    def __init__(self, layers: Iterable[UnitLinear], tokens: int) -> None:
+        """tokens: of one product, at most."""
         self.tokens = tokens
-        integers, sums = _sizes([[_shape(layer) for layer in layers] for layers in expanded_together], tokens)
+        integers, sums = _sizes(map(_shape, layers), tokens)
         self._integers, self._sums = cupy.empty(integers, np.int8), cupy.empty(sums, np.int32)
         self._one, self._zero = np.array(1, np.int32), np.array(0, np.int32)
-        self._beside = cupy.cuda.Stream(non_blocking=True)
-        self._free = cupy.cuda.Event(disable_timing=True)
-        self._expanded: dict[UnitLinear, tuple[Any, Any]] = {}
-        """Layers as integers, and the events after which they are there."""
 
     @property
     def nbytes(self) -> int:
@@ -44,38 +40,17 @@ class Gemm:
         self.multiply(weights, codes_MK)
         self.rescale(weights, 0, scale_M, out, epilogue=epilogue)
 
-    def expand(self, *layers: UnitLinear) -> None:
-        """Expand the next layers to be multiplied, beside what the current stream does until then.
-
-        They take the place of those that were expanded before, whose products come before this call. Products leave no
-        room beside them: it pays beside other kernels.
-        """
-        self._free.record(cupy.cuda.get_current_stream())
-        self._expanded, begin = {}, 0
-        with self._beside as stream:
-            stream.wait_event(self._free)
-            for weights in layers:
-                rows, columns = _shape(weights)
-                integers = self._integers[begin : begin + rows * columns]
-                begin += rows * columns
-                kernel("expand", "expand", (("GROUP", weights.group),)).launch(
-                    multiprocessors(),
-                    _EXPAND_THREADS,
-                    (weights.unit_TU, integers, *map(np.int32, (weights.tiles, weights.units, weights.blocks))),
-                )
-                done = cupy.cuda.Event(disable_timing=True)
-                done.record(stream)
-                self._expanded[weights] = integers, done
-
     def multiply(self, weights: UnitLinear, codes_MK: Any) -> Any:
         """Integer sums (m, rows of tiles) of codes (m, padded(k)); they stay until the next product."""
         m, (rows, columns) = len(codes_MK), _shape(weights)
         assert m <= self.tokens
         check(codes_MK, "codes", np.int8, (m, columns))
-        if weights not in self._expanded:
-            self.expand(weights)
-        integers, done = self._expanded[weights]
-        cupy.cuda.get_current_stream().wait_event(done)
+        kernel("expand", "expand", (("GROUP", weights.group),)).launch(
+            weights.tiles * spec.ceil_div(weights.units, _EXPAND_WARPS * _EXPAND_TURNS),
+            32 * _EXPAND_WARPS,
+            (weights.unit_TU, self._integers, *map(np.int32, (weights.tiles, weights.units, weights.blocks))),
+            overlap=True,
+        )
         # Row-major (m, rows) = codes · integersᵀ is, in cuBLAS's column-major terms, integersᵀ · codes.
         handle = cupy.cuda.device.get_cublas_handle()
         cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
@@ -87,7 +62,7 @@ class Gemm:
             m,
             columns,
             self._one.ctypes.data,
-            integers.data.ptr,
+            self._integers.data.ptr,
             _CUDA_R_8I,
             columns,
             codes_MK.data.ptr,
@@ -124,16 +99,16 @@ class Gemm:
         )
 
 
-def bytes_needed(expanded_together: Sequence[Sequence[tuple[int, int]]], tokens: int) -> int:
+def bytes_needed(shapes: Iterable[tuple[int, int]], tokens: int) -> int:
     """What a Gemm for layers of these (rows, columns) would hold, but for their padding, without allocating it."""
-    integers, sums = _sizes(expanded_together, tokens)
+    integers, sums = _sizes(shapes, tokens)
     return integers + 4 * sums
 
 
-def _sizes(expanded_together: Sequence[Sequence[tuple[int, int]]], tokens: int) -> tuple[int, int]:
-    """Numbers of integers that are held at a time, and of sums that the largest product needs."""
-    integers = max(sum(rows * columns for rows, columns in shapes) for shapes in expanded_together)
-    return integers, tokens * max(rows for shapes in expanded_together for rows, _ in shapes)
+def _sizes(shapes: Iterable[tuple[int, int]], tokens: int) -> tuple[int, int]:
+    """Numbers of integers, and of sums, that the largest product needs."""
+    chosen = list(shapes)
+    return max(rows * columns for rows, columns in chosen), tokens * max(rows for rows, _ in chosen)
 
 
 def _shape(layer: UnitLinear) -> tuple[int, int]:

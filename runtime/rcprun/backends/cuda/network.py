@@ -189,8 +189,7 @@ class Network:
     ) -> None:
         """A layer for many tokens of a slot, at positions from start on; x_MD in place.
 
-        Each layer but the last leaves the normalized codes that the next one begins with, and its qkv expanded: weights
-        are expanded beside attention and R4, which leave memory idle.
+        Each layer but the last leaves the normalized codes that the next one begins with.
         """
         (many, product), count, bits = self._for_many(), len(x_MD), self._quantization.a_bits
         q, attended = many.floats("q", count), many.floats("attended", count)
@@ -199,10 +198,8 @@ class Network:
         heads, mlp = many.codes(q.shape[1], count), many.codes(self._architecture.intermediate_size, count)
         following = self.weights.layers[index + 1 : index + 2]
         if index == 0:
-            product.expand(layer.qkv)
             norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=clip[0], bits=bits)
         sums = product.multiply(layer.qkv, codes)
-        product.expand(layer.o, layer.gate_up)
         self._rope.from_sums(
             *(sums, scale, layer.qkv.scale_R, layer.qkv.bias_R, position_M, slot_M, self.cache, index),
             *(layer.kv_clip, q, layer.qk_gain),
@@ -211,7 +208,6 @@ class Network:
         norm.quantize(attended, *heads, clip=clip[1], bits=bits)
         self._add_and_normalize(product.multiply(layer.o, heads[0]), layer.o, x_MD, codes, scale, clip[2])
         sums = product.multiply(layer.gate_up, codes)
-        product.expand(layer.down, *(each.qkv for each in following))
         if r4.takes_sums:
             r4.quantize_swiglu(sums, layer.gate_up.scale_R, layer.gate_up.bias_R, *mlp, clip=clip[3], bits=bits)
         else:
@@ -280,9 +276,7 @@ class Network:
     def _for_many(self) -> tuple[Buffers, gemm.Gemm]:
         """What passes of many tokens need; allocated by the first of them."""
         if self._many is None:
-            together = [
-                pair for each in self.weights.layers for pair in ((each.o, each.gate_up), (each.down, each.qkv))
-            ]
+            linears = [each for layer in self.weights.layers for each in layer.linears]
             tokens = min(PREFILL_TOKENS, self._context)
-            self._many = Buffers(self._architecture, tokens), gemm.Gemm(together, tokens)
+            self._many = Buffers(self._architecture, tokens), gemm.Gemm(linears, tokens)
         return self._many

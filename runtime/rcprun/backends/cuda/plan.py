@@ -46,15 +46,13 @@ def plan_memory(file: RcpFile, context: int, streams: int) -> MemoryPlan:
 
 
 def _prefill_bytes(a: Architecture, tokens: int) -> int:
-    """Of what passes of many tokens need: buffers, and the largest layers as int8 with their integer sums."""
+    """Of what passes of many tokens need: buffers, and the largest layer as int8 with its integer sums."""
     heads, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    qkv, o, gate_up, down = (
-        (spec.ceil_div(n, linear.TILE_ROWS) * linear.TILE_ROWS, linear.padded(k))
-        for n, k in (
-            (heads + 2 * kv, a.hidden_size),
-            (a.hidden_size, heads),
-            (2 * a.intermediate_size, a.hidden_size),
-            (a.hidden_size, a.intermediate_size),
-        )
+    shapes = (
+        (heads + 2 * kv, a.hidden_size),
+        (a.hidden_size, heads),
+        (2 * a.intermediate_size, a.hidden_size),
+        (a.hidden_size, a.intermediate_size),
     )
-    return Buffers.bytes_needed(a, tokens) + gemm.bytes_needed(((o, gate_up), (down, qkv)), tokens)
+    tiled = [(spec.ceil_div(n, linear.TILE_ROWS) * linear.TILE_ROWS, linear.padded(k)) for n, k in shapes]
+    return Buffers.bytes_needed(a, tokens) + gemm.bytes_needed(tiled, tokens)

@@ -2,15 +2,15 @@
 //
 //   unit_TU     u8 [tiles][units][UNIT_BYTES], in the order of units.cuh
 //   integer_RK  i8 [tiles * 16][units * 128], written
+//
 //   blocks      of linear.cu, which the order depends on
 //
-// Any grid of blocks of 32 * WARPS threads: few of them, with few registers, find room beside the blocks of another kernel.
-// A warp takes one unit after the other, while the next SLOTS - 1 of its own are on their way to shared memory.
+// Grid: tiles * ceil(units / (WARPS * TURNS)) blocks of 32 * WARPS threads. A warp expands a stage, which it reads before
+// it waits for what else uses the buffer.
 
 #include "units.cuh"
 
-constexpr int WARPS = 4, SLOTS = 8;
-constexpr int CHUNKS = UNIT_BYTES / 16;
+constexpr int WARPS = 8, TURNS = STAGE_UNITS;
 
 __device__ __forceinline__ uint4 sixteen(u32 word, u32 levels) {
     const u32 even = word & 0x33333333u, odd = (word >> 2) & 0x33333333u;
@@ -18,54 +18,37 @@ __device__ __forceinline__ uint4 sixteen(u32 word, u32 levels) {
                       look_up(levels, upper_half(odd)));
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 16)
-    expand(const u8* unit_TU, i8* integer_RK, int tiles, int units, int blocks) {
-    __shared__ __align__(16) u8 ring[WARPS][SLOTS][UNIT_BYTES];
+extern "C" __global__ void __launch_bounds__(32 * WARPS) expand(const u8* unit_TU, i8* integer_RK, int tiles, int units, int blocks) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int count = tiles * units, step = gridDim.x * WARPS, start = blockIdx.x * WARPS + warp;
-    const u32 own = shared_address(ring[warp][0] + lane * 16);
-
-    int asked = start, to_slot = 0;
-    auto request = [&] {  // an empty group where no unit is left: groups are counted
-        if (asked < count) {
-            const int unit = asked % units;
-            const i64 stage = stage_place(asked / units, unit / STAGE_UNITS, tiles, units / STAGE_UNITS, blocks);
-            const u8* const from = unit_TU + (stage * STAGE_UNITS + unit % STAGE_UNITS) * UNIT_BYTES + lane * 16;
-            copy_async(own + to_slot * UNIT_BYTES, from);
-            if (lane < CHUNKS - 32) copy_async(own + to_slot * UNIT_BYTES + CODE_BYTES, from + CODE_BYTES);
+    const int parts = (units + WARPS * TURNS - 1) / (WARPS * TURNS);
+    const int tile = blockIdx.x / parts, first = (blockIdx.x % parts * WARPS + warp) * TURNS;
+    const int stages = units / STAGE_UNITS, stage = min(first / STAGE_UNITS, stages - 1);
+    const u8* const from = unit_TU + stage_place(tile, stage, tiles, stages, blocks) * STAGE_BYTES;
+    uint4 code[TURNS] = {};
+    uint2 level[TURNS] = {};
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i)
+        if (first + i < units) {
+            code[i] = load_once(from + i * UNIT_BYTES + lane * 16);
+            level[i] = *(const uint2*)(from + i * UNIT_BYTES + levels_of_lane(lane));
         }
-        commit_copies();
-        asked += step;
-        to_slot = (to_slot + 1) % SLOTS;
-    };
-    for (int i = 0; i < SLOTS - 1; ++i) request();
-
+    pdl_launch();
+    pdl_wait();
     // A lane holds 32 columns of its rows. Neighbours swap halves, so that each store of a pair fills 32 bytes in a row:
     // of 64 columns in quarters, the lane with even t gets 0 and 2, the other 1 and 3.
     const bool odd = lane & 1;
     const i64 columns = (i64)units * 128;
-    i8* const low = integer_RK + g * columns + (t >> 1) * 64 + odd * 16;
-    const int tile_step = step / units, unit_step = step % units;
-    int tile = start / units, unit = start % units, slot = 0;
-#pragma unroll 1
-    for (int i = start; i < count; i += step) {
-        wait_for_copies<SLOTS - 2>();
-        __syncwarp();  // all lanes' copies are there, and the slot that is asked for next has been read
-        request();
-        const u8* const here = ring[warp][slot];
-        const uint4 code = *(const uint4*)(here + lane * 16);
-        const uint2 level = *(const uint2*)(here + levels_of_lane(lane));
-        const u32 swapped_low = __shfl_xor_sync(FULL_MASK, odd ? code.x : code.z, 1);
-        const u32 swapped_high = __shfl_xor_sync(FULL_MASK, odd ? code.y : code.w, 1);
-        i8* const to = low + tile * 16 * columns + unit * 128;
+    i8* const low = integer_RK + (tile * 16 + g) * columns + first * 128 + (t >> 1) * 64 + odd * 16;
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        const u32 swapped_low = __shfl_xor_sync(FULL_MASK, odd ? code[i].x : code[i].z, 1);
+        const u32 swapped_high = __shfl_xor_sync(FULL_MASK, odd ? code[i].y : code[i].w, 1);
+        if (first + i >= units) break;
+        i8* const to = low + i * 128;
         i8* const to_high = to + 8 * columns;
-        *(uint4*)to = sixteen(odd ? swapped_low : code.x, level.x);
-        *(uint4*)(to + 32) = sixteen(odd ? code.z : swapped_low, level.x);
-        *(uint4*)to_high = sixteen(odd ? swapped_high : code.y, level.y);
-        *(uint4*)(to_high + 32) = sixteen(odd ? code.w : swapped_high, level.y);
-        slot = (slot + 1) % SLOTS;
-        tile += tile_step;
-        unit += unit_step;
-        if (unit >= units) ++tile, unit -= units;
+        *(uint4*)to = sixteen(odd ? swapped_low : code[i].x, level[i].x);
+        *(uint4*)(to + 32) = sixteen(odd ? code[i].z : swapped_low, level[i].x);
+        *(uint4*)to_high = sixteen(odd ? swapped_high : code[i].y, level[i].y);
+        *(uint4*)(to_high + 32) = sixteen(odd ? code[i].w : swapped_high, level[i].y);
     }
 }
