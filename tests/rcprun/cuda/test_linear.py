@@ -106,7 +106,7 @@ def test_several_layers_share_tiles() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("k", [192, 4096, 173, 11008])
+@pytest.mark.parametrize("k", [192, 4096, 173, 5120, 11008])
 def test_quantize_and_add(k: int, bits: int) -> None:
     """Equal floats give equal codes, so the whole is exact."""
     import cupy
@@ -140,6 +140,28 @@ def test_several_tokens_are_added(k: int) -> None:
         linear(pack(layer), padded_codes(codes), out, prologue=CODES, epilogue=ADD, a_bits=4, x_scale=device_scale)
         expected = before + reference(layer, codes, scale)
         assert np.array_equal(out.get(), expected), f"m {m}: {worst(out.get(), expected)}"
+
+
+def test_codes_that_do_not_fit_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of 192 columns, where shared memory holds the codes of four, or of two."""
+    import cupy
+
+    from rcprun.backends.cuda import linear as module
+    from rcprun.backends.cuda.linear import CODES, STORE, linear
+
+    rng = np.random.default_rng(5)
+    layer = random_layer(rng, 333, 192, 128, bias=False)
+    packed = pack(layer)
+    codes, scale = rng.integers(-8, 8, (7, 192), dtype=np.int8), rng.uniform(0.01, 0.1, (7, 1)).astype(np.float32)
+    least = module._LEAST_SLOTS * module._piece_bytes(packed)
+    for at_once in (4, 2):
+        room = least + module._shared(packed, at_once)
+        monkeypatch.setattr(module, "_shared_at_most", lambda room=room: room)
+        assert module._tokens_at_once(packed) == at_once
+        out, device_scale = poisoned((7, 333)), cupy.asarray(scale[:, 0])
+        linear(packed, padded_codes(codes), out, prologue=CODES, epilogue=STORE, a_bits=4, x_scale=device_scale)
+        expected = reference(layer, codes, scale)
+        assert np.array_equal(out.get(), expected), f"{at_once} at once: {worst(out.get(), expected)}"
 
 
 @pytest.mark.parametrize("k", [192, 4096, 173])

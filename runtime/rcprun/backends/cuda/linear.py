@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import cupy
@@ -119,24 +120,42 @@ def linear(
     m = len(x)
     assert m == 1 or prologue == CODES
     assert 1 <= m <= MAX_TOKENS and (epilogue == SWIGLU) == weights.interleaved
+    at_once = _tokens_at_once(weights)
+    if m > at_once:
+        assert x_scale is not None
+        for first in range(0, m, at_once):
+            part = slice(first, first + at_once)
+            linear(
+                weights,
+                x[part],
+                out[part],
+                prologue=prologue,
+                epilogue=epilogue,
+                a_bits=a_bits,
+                x_scale=x_scale[part],
+                overlap=overlap,
+                hopper=hopper,
+            )
+        return
     if prologue == CODES:
         check(x, "x", np.int8, (m, weights.units * UNIT_COLUMNS))
         check(x_scale, "x_scale", np.float32, (m,))
     else:
         check(x, "x", np.float32, (m, weights.k))
     check(out, "out", np.float32, (m, weights.n))
-    tokens = 1 if m == 1 else MAX_TOKENS
     planes = int(m == 1 and a_bits == 4 and weights.group == 128)
-    shared = spec.ceil_div(weights.tiles, weights.blocks) * TILE_ROWS * 4 * (tokens + 2)
-    shared += weights.units * _PLANE_BYTES if planes else tokens * (weights.units * UNIT_COLUMNS + 16)
-    piece = _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
+    if planes:
+        shared = weights.units * _PLANE_BYTES + _sum_bytes(weights, 1)
+    else:
+        shared = _shared(weights, 1 if m == 1 else at_once)
+    piece = _piece_bytes(weights)
     pieces = spec.ceil_div(spec.ceil_div(weights.tiles, weights.blocks) * weights.units // _STAGE_UNITS, _WARPS)
     most, limit = (pieces, shared_limit) if m == 1 else (min(pieces, _MOST_SLOTS_FOR_FEW), _WHOLE_SHARED)
-    slots = max(_LEAST_SLOTS, min(most, (limit - shared) // piece))
+    slots = max(_LEAST_SLOTS, min(most, (min(limit, _shared_at_most()) - shared) // piece))
     defines = {
         "CHANNELS": weights.k,
         "GROUP": weights.group,
-        "TOKENS": tokens,
+        "TOKENS": 1 if m == 1 else MAX_TOKENS,
         "A_BITS": a_bits,
         "PROLOGUE": prologue,
         "EPILOGUE": epilogue,
@@ -161,6 +180,34 @@ def linear(
         shared=shared + slots * piece,
         overlap=overlap,
     )
+
+
+def _tokens_at_once(weights: UnitLinear) -> int:
+    """As many as find room in shared memory beside the fewest pieces of weights: all, or a half, or so on."""
+    tokens = MAX_TOKENS
+    while tokens > 1 and _shared(weights, tokens) + _LEAST_SLOTS * _piece_bytes(weights) > _shared_at_most():
+        tokens //= 2
+    return tokens
+
+
+def _shared(weights: UnitLinear, tokens: int) -> int:
+    """Bytes of shared memory for codes and sums of some tokens."""
+    return tokens * (weights.units * UNIT_COLUMNS + 16) + _sum_bytes(weights, 1 if tokens == 1 else MAX_TOKENS)
+
+
+def _sum_bytes(weights: UnitLinear, tokens: int) -> int:
+    """The same for sums, scales and biases of a block's rows."""
+    return spec.ceil_div(weights.tiles, weights.blocks) * TILE_ROWS * 4 * (tokens + 2)
+
+
+def _piece_bytes(weights: UnitLinear) -> int:
+    return _WARPS * _STAGE_UNITS * _unit_bytes(weights.group)
+
+
+@cache
+def _shared_at_most() -> int:
+    """Bytes of shared memory that a block can have besides what linear.cu declares."""
+    return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]) - 4096
 
 
 def _defines(defines: Mapping[str, int], hopper: bool) -> tuple[tuple[str, int], ...]:
