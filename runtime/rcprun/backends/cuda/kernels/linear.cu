@@ -54,8 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, TOKE
     linear(const u8* unit_TU, const float* scale_R, const float* bias_R, const void* x, const float* x_scale_M, float* out,
            int m, int columns, int tiles, float clip, float eps) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 barriers[2][SLOTS];
-    __shared__ volatile u32 hurry;
+    __shared__ u64 barriers[2][SLOTS], activations_there;
     __shared__ __align__(16) float scratch[2 * WARPS];
     __shared__ float token_scales[TOKENS];
     pdl_launch();
@@ -70,13 +69,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, TOKE
     stream.full = kept(shared_address(barriers[0])), stream.empty = kept(shared_address(barriers[1]));
     if (threadIdx.x == THREADS) {
         for (int i = 0; i < SLOTS; ++i) barrier_init(stream.full + i * 8, 1), barrier_init(stream.empty + i * 8, WARPS);
+        barrier_init(shared_address(&activations_there));
         barrier_init_done();
-        hurry = TOKENS > 1;
     }
     __syncthreads();
     if (warp == WARPS) {
         if (threadIdx.x == THREADS)
-            stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS, &hurry);
+            stream.fetch(from, part.least + (part.more > 0), part.more > 0 ? part.more : WARPS, TOKENS == 1 ? 1 : FLIGHT,
+                         shared_address(&activations_there));
         return;
     }
     stream.begin();
@@ -117,7 +117,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, TOKE
 #else
     codes_in(x, x_scale_M, m, clip, eps, (i8*)activations, token_scales, scratch);
 #endif
-    if (threadIdx.x == 0) hurry = 1;
+#if RCP_HOPPER
+    if (threadIdx.x == 0) barrier_arrive(shared_address(&activations_there));
+#endif
     float before = 0.0f;  // what is in this thread's first output
     if (EPILOGUE == 1 && threadIdx.x < outputs) {
         const Output o = output(threadIdx.x);

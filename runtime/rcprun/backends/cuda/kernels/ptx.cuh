@@ -263,6 +263,13 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
         "r"(parity)
         : "memory");
 }
+// Whether a wait would be over.
+__device__ __forceinline__ bool barrier_passed(u32 barrier, int parity) {
+    u32 passed;
+    asm volatile("{ .reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+                 : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+    return passed;
+}
 template <int BYTES>
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

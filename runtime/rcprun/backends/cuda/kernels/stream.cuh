@@ -2,8 +2,8 @@
 // one of SLOTS slots.
 //
 // On sm_90 a warp of its own asks for the pieces by bulk copies: while slots are free, and at most FLIGHT pieces at a
-// time, or one until `hurry` is set: what is asked for beyond that comes no sooner, but all that others read then waits
-// behind it. Before sm_90, each warp copies its own part of a piece by cp.async.
+// time, or fewer before the activations are there: what is asked for beyond that comes no sooner, but all that others
+// read then waits behind it. Before sm_90, each warp copies its own part of a piece by cp.async.
 #pragma once
 
 #include "units.cuh"
@@ -24,13 +24,14 @@ struct Stream {
     int slot, parity;         // in turn, and its round
 
 #if RCP_HOPPER
-    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages.
-    __device__ __forceinline__ void fetch(const u8* from, int rounds, int last, const volatile u32* hurry) {
+    // By the fetching warp's only thread, of `rounds` pieces of which the last has `last` stages; at most `early` at a time
+    // until the barrier `hurry` has been passed.
+    __device__ __forceinline__ void fetch(const u8* from, int rounds, int last, int early, u32 hurry) {
         int turn = 0, landed = 0, landing = 0, landing_parity = 0;  // landing: the slot of the first piece under way
         parity = 1;
         for (int round = 0; round < rounds; ++round) {
             if (round >= SLOTS) barrier_wait(empty + turn * 8, parity);
-            while (round - landed >= (*hurry ? FLIGHT : 1)) {
+            while (round - landed >= (early == FLIGHT || barrier_passed(hurry, 0) ? FLIGHT : early)) {
                 barrier_wait(full + landing * 8, landing_parity);
                 ++landed;
                 if (++landing == SLOTS) landing = 0, landing_parity ^= 1;
