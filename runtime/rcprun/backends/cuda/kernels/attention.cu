@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PADDED <= 128 ? 2 : 1)
 #if CLUSTER > 1
     if (blocks > 1) cluster_wait();  // the inboxes of all are ready
 #endif
-    if (FUSED) pdl_wait();
+    if (FUSED) pdl_wait_together();
     // Asked for before what is left of the ring: loads come back in order.
     if (warp < columns || (has_new && COLUMNS <= warp && warp < JOBS)) head.load(qkv + my_source);
     fill_ring(false);

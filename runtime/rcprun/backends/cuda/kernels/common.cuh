@@ -5,6 +5,12 @@
 
 #define FULL_MASK 0xffffffffu
 
+// pdl_wait for a block, whose first warp waits: warps that all do go on up to half a microsecond apart.
+__device__ __forceinline__ void pdl_wait_together() {
+    if (threadIdx.x < 32) pdl_wait();
+    __syncthreads();
+}
+
 // Of bits that have the floats' order, in one instruction. A NaN, as arithmetic gives it, without a sign, is the largest.
 __device__ __forceinline__ float warp_max(float x) {
     const u32 bits = __float_as_uint(x);

@@ -269,7 +269,7 @@ hadamard(const float* x, const float* factor, const u32* __restrict__ bits, floa
     x += (i64)vector * (DENSE * COLUMNS);
     if (factor) factor += vector % (u32)copies * (DENSE * COLUMNS);
     exchange_ready();
-    pdl_wait();
+    pdl_wait_together();
 
     float* const all_sums = (float*)((char*)terms + 3 * TERM_BYTES);
     float* const gathered = all_sums + SUM_BYTES / 4;

@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCHING_WARPS * 32, TOKE
     product.prepare((const i8*)activations, m);
 #endif
     product.seek(STAGES - in_tile);
-    if (warp == 0) pdl_wait();  // all warps, when all wait, go on up to half a microsecond apart
+    if (warp == 0) pdl_wait();  // as in pdl_wait_together
     sync_computing();
 #if PLANES
     planes_in(x, x_scale_M, clip, eps, activations, token_scales, scratch);

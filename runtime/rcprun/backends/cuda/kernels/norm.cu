@@ -142,7 +142,7 @@ __device__ __forceinline__ void quantize_row(
 extern "C" __global__ void __launch_bounds__(RCP_THREADS)
     norm_quantize(const float* x, i8* codes, float* scale, i32 kpad, float eps, float clip, i32 bits) {
     pdl_launch();
-    pdl_wait();
+    pdl_wait_together();
     Row row;
     row.load(x + (i64)blockIdx.x * RCP_K);
     const Statistics s = statistics(row);
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(RCP_THREADS)
     add_norm_quantize(const i32* sum_MR, const float* scale_R, const float* bias_R, float* x, i8* codes, float* scale, i32 rows,
                       i32 kpad, float eps, float clip, i32 bits) {
     pdl_launch();
-    pdl_wait();
+    pdl_wait_together();
     Row row;
     float* const place = x + (i64)blockIdx.x * RCP_K;
     row.load(place);
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(RCP_THREADS)
 extern "C" __global__ void __launch_bounds__(RCP_THREADS)
     quantize(const float* x, i8* codes, float* scale, i32 kpad, float clip, i32 bits) {
     pdl_launch();
-    pdl_wait();
+    pdl_wait_together();
     Row row;
     row.load(x + (i64)blockIdx.x * RCP_K);
     const Statistics s = statistics(row);
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(RCP_THREADS)
 
 extern "C" __global__ void __launch_bounds__(RCP_THREADS) normalize(const float* x, float* out, float eps) {
     pdl_launch();
-    pdl_wait();
+    pdl_wait_together();
     Row row;
     row.load(x + (i64)blockIdx.x * RCP_K);
     const float factor = inverse_root(statistics(row).squares, eps);
