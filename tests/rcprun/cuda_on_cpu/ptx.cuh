@@ -45,19 +45,11 @@ static u32 look_up(u32 bytes, u32 selectors) {
     if (selectors & 0xcccc) fail("look_up: selectors %04x", selectors & 0xffff);
     return __byte_perm(bytes, 0, selectors);
 }
-static int dot_low(u32 halves, u32 bytes, int sum) {
-    return sum + (short)halves * (i8)bytes + (short)(halves >> 16) * (i8)(bytes >> 8);
-}
-static int dot_high(u32 halves, u32 bytes, int sum) { return dot_low(halves, bytes >> 16, sum); }
 static int dot(u32 counts, u32 bytes, int sum) {
     for (int i = 0; i < 32; i += 8) sum += (u8)(counts >> i) * (i8)(bytes >> i);
     return sum;
 }
-static u32 select_bits(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
 static u32 kept(u32 x) { return x; }
-static int add_bytes(u32 bytes, int sum) {
-    return sum + (i8)bytes + (i8)(bytes >> 8) + (i8)(bytes >> 16) + (i8)(bytes >> 24);
-}
 
 // ---- Products of matrices
 
@@ -128,7 +120,6 @@ alignas(128) static thread_local char shared_origin;
 static u32 shared_address(const void* p) { return (u32)((const char*)p - &shared_origin); }
 template <class T>
 static T* shared_pointer(u32 address) { return (T*)(&shared_origin + (i32)address); }
-static u32 load1(u32 address) { return *shared_pointer<u32>(address); }
 static uint2 load2(u32 address) { return *shared_pointer<uint2>(address); }
 static uint4 load4(u32 address) { return *shared_pointer<uint4>(address); }
 static void store1(u32 address, u32 v) { *shared_pointer<u32>(address) = v; }

@@ -22,20 +22,6 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// Over all threads of a block (a multiple of 32, at most 1,024); the same value, to the bit, in every thread. scratch:
-// 32 floats of shared memory, free again after the call.
-template <bool MAX>
-__device__ __forceinline__ float block_reduce(float x, float* scratch) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    x = MAX ? warp_max(x) : warp_sum(x);
-    if (lane == 0) scratch[warp] = x;
-    __syncthreads();
-    x = lane < warps ? scratch[lane] : 0.0f;  // 0 changes neither a sum nor a maximum of magnitudes
-    x = MAX ? warp_max(x) : warp_sum(x);
-    __syncthreads();
-    return x;
-}
-
 // SPEC.md, "Activations": codes and scale of one token from its largest magnitude.
 struct TokenScale {
     float scale, inverse;

@@ -70,12 +70,6 @@ __device__ __forceinline__ u32 masked_or(u32 word, u32 mask, u32 bits) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
     return result;
 }
-// Of each bit that of a where mask has it, else that of b.
-__device__ __forceinline__ u32 select_bits(u32 mask, u32 a, u32 b) {
-    u32 result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
-    return result;
-}
 // x, of which the compiler knows nothing more: it keeps it in a register and does not compute it anew in a loop.
 __device__ __forceinline__ u32 kept(u32 x) {
     asm volatile("" : "+r"(x));
@@ -94,23 +88,9 @@ __device__ __forceinline__ u32 upper_half(u32 x) {
     asm("shr.u32 %0, %1, 16;" : "=r"(y) : "r"(x));
     return y;
 }
-// sum + the two int16 of `halves` times the lower, or the upper, two int8 of `bytes`.
-__device__ __forceinline__ int dot_low(u32 halves, u32 bytes, int sum) {
-    asm("dp2a.lo.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
-    return sum;
-}
-__device__ __forceinline__ int dot_high(u32 halves, u32 bytes, int sum) {
-    asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(halves), "r"(bytes));
-    return sum;
-}
 // sum + the four uint8 of `counts` times the four int8 of `bytes`.
 __device__ __forceinline__ int dot(u32 counts, u32 bytes, int sum) {
     asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(counts), "r"(bytes));
-    return sum;
-}
-// sum + the four int8 of `bytes`.
-__device__ __forceinline__ int add_bytes(u32 bytes, int sum) {
-    asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(0x01010101));
     return sum;
 }
 
@@ -146,11 +126,6 @@ __device__ __forceinline__ int4 mma_bits(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ u32 load1(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
 __device__ __forceinline__ uint2 load2(u32 address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
