@@ -4,8 +4,10 @@
 #     examples/benchmarks/gpu_suite.sh OUT [PART...]
 #
 # Each part has a time limit and may fail. As soon as one is done, its output is in OUT/suite.txt, and all outputs,
-# JSON and pictures are in OUT/results.tar.gz. Parts: model bench linear token-512 token-16384 token-8 hadamard sanitizer
-# others token-drawn. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
+# JSON and pictures are in OUT/results.tar.gz. Parts: model bench right linear token-512 token-16384 token-8 hadamard
+# others picture token-drawn. "right": the tests, compute-sanitizer and, where AGREEMENT names a folder with run/,
+# model.rcp and text.txt, the agreement with torch, side by side. PY is the interpreter, SECONDS_IN_ALL the time after
+# which nothing begins or goes on.
 set -u
 cd "$(dirname "$0")/../.."
 out=$(realpath -m "$1")
@@ -47,17 +49,26 @@ make_models() {
     "$py" examples/make_synthetic_rcp.py llama-2-7b "$seven" --context 32768 --force
     wait
 }
-export -f make_models
-export py seven demo
+is_it_right() {
+    "$py" -m pytest -q -m gpu --numprocesses 12 tests/rcprun/cuda 2>&1 | tail -n 15 &
+    "$py" $here/sanitize.py "$demo" --no-graphs --serialized --limit 130 --logs "$work/sanitizer" &
+    if [[ ${AGREEMENT:-} ]]; then
+        "$py" -m rcpconv eval --run "$AGREEMENT/run" --rcp "$AGREEMENT/model.rcp" --text "$AGREEMENT/text.txt" \
+            --window 1024 --max-tokens 120000 --agreement --skip original --json "$work/agreement.json" &
+    fi
+    wait
+}
+export -f make_models is_it_right
+export here py seven demo work
 
 part model 90 bash -c make_models
 part bench 90 "$py" -m rcprun bench "$seven" --backend cuda -b 1,8 -r 3 --json "$work/bench.json"
+part right 150 bash -c is_it_right
 part linear 260 "$py" $here/bench_linear.py --peers --peer-limit 90 --json "$work/linear-7b.json"
 part token-512 30 "$py" $here/bench_token.py "$seven" --depth 512 --json "$work/token-512.json"
 part token-16384 30 "$py" $here/bench_token.py "$seven" --depth 16384 --json "$work/token-16384.json"
 part token-8 30 "$py" $here/bench_token.py "$seven" --depth 512 --batch 8 --json "$work/token-8.json"
 part hadamard 20 "$py" $here/bench_hadamard.py --json "$work/hadamard.json"
-part sanitizer 150 "$py" $here/sanitize.py "$demo" --no-graphs --serialized --limit 120 --logs "$work/sanitizer"
 part others 100 "$py" $here/bench_linear.py --shape llama-3.2-1b --shape llama-3.2-3b --shape llama-3-8b \
     --shape llama-2-13b --peer "torch float16" --peer-limit 25 --json "$work/linear-others.json"
 part picture 10 "$py" $here/roofline.py "$work/roofline.png" "$work/linear-7b.json" "$work/linear-others.json"
