@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures all that is said of the CUDA backend's speed, in about 7 minutes on one GPU, what matters most first.
+# Measures all that is said of the CUDA backend's speed, in about 9 minutes on one GPU, what matters most first.
 #
 #     examples/benchmarks/gpu_suite.sh OUT [PART...]
 #
@@ -14,7 +14,7 @@ out=$(realpath -m "$1")
 shift
 parts=" ${*:-every} "
 py=${PY:-python3}
-end=${SECONDS_IN_ALL:-420}
+end=${SECONDS_IN_ALL:-560}
 export PYTHONPATH="$PWD:$PWD/formats:$PWD/runtime${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 models=${TMPDIR:-/tmp}/rcp-suite-models
 work=$(mktemp -d)
