@@ -9,7 +9,8 @@
         loss.png              the curve of it
         checkpoints/          what --resume continues from
         baked.safetensors     finished runs: the tensors of the file
-        weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor
+        weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor,
+                              and that the tensors were decoded and gave those weights
 
 Every file appears whole or not at all (temporary file, fsync, rename), so a run can be killed at any moment.
 """
@@ -257,20 +258,31 @@ class Run:
         with _restorable(self.folder / BAKED) as path, safe_open(path, framework="numpy") as file:
             yield file
 
-    @cached_property
+    @property
     def weight_hashes(self) -> dict[str, str]:
         """Linear layer -> SHA-256 of the weights its training forward used (rcpconv.baking.weight_hashes)."""
         return self._hashes("weights")
 
-    @cached_property
+    @property
     def tensor_hashes(self) -> dict[str, str]:
         """Name in SPEC.md, section 7 -> SHA-256 of the tensor's bytes when the training ended."""
         return self._hashes("tensors")
 
+    @property
+    def decoded(self) -> bool:
+        """Whether tensors of those hashes are known to decode to weights of those hashes; not said in older runs."""
+        return self._hash_record.get("decoded") is True
+
     def _hashes(self, kind: str) -> dict[str, str]:
+        record = self._hash_record
+        with _restorable(self.folder / WEIGHT_HASHES):
+            return dict(record[kind])
+
+    @cached_property
+    def _hash_record(self) -> dict[str, Any]:
         self.require_finished()
         with _restorable(self.folder / WEIGHT_HASHES) as path:
-            return dict(json.loads(path.read_bytes())[kind])
+            return dict(json.loads(path.read_bytes()))
 
     def source(self) -> SourceModel:
         """The original checkpoint, opened again. Raises ConversionError when it is gone."""
@@ -286,6 +298,12 @@ class Run:
         """Set fields of run.json, at once and atomically."""
         self.record = self.record | values
         write_json(self.folder / RECORD, self.record)
+
+
+def keep_hashes(run: Run, weights: Mapping[str, str], tensors: Mapping[str, str]) -> None:
+    """Leave what `weight_hashes` and `tensor_hashes` give, of tensors that were decoded and gave those weights."""
+    record = {"decoded": True, "weights": weights, "tensors": dict(sorted(tensors.items()))}
+    write_json(run.folder / WEIGHT_HASHES, record)
 
 
 @contextmanager

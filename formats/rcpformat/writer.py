@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,17 +121,18 @@ def write_rcp(
 
     temporary = path.parent / f".rcp-{secrets.token_hex(8)}.tmp"
     try:
-        with _new_file(temporary, path) as file:
+        with _new_file(temporary, path) as file, ThreadPoolExecutor(1) as pool:
             with _output_errors(path):
                 file.write(header)
             for name in entries:
                 array = np.asarray(tensors[name](), order="C")
                 values.check_array(name, array, expected[name])
-                values.check_values(name, array, linear_shape)
                 data = array.reshape(-1).view(np.uint8).data
-                sha256[name] = hashlib.sha256(data).hexdigest()
+                digest = pool.submit(hashlib.sha256, data)
+                values.check_values(name, array, linear_shape)
                 with _output_errors(path):
                     file.write(data)
+                sha256[name] = digest.result().hexdigest()
             with _output_errors(path):
                 file.seek(0)
                 file.write(_header(metadata, entries, sha256))
