@@ -26,7 +26,7 @@ _CHECKED_AT_A_TIME = 4
 
 
 def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
-    """Write the run's model to `out`, one tensor in memory at a time; the same run gives the same bytes every time.
+    """Write the run's model to `out`, two tensors in memory at a time; the same run gives the same bytes every time.
 
     Before the file takes its name, every tensor is read back from it and compared (SHA-256) with what the run recorded
     when it ended, which were then decoded and found to be what the training forward used. For older runs, which have no

@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadRun, NotSaved, RunNotFound
 from rcpconv.scheme import read_scheme
+from rcpconv.tensor_file import TensorReader
 from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _restorable(path: Path) -> Iterator[Path]:
     """Turn what goes wrong with a damaged or missing file of a run into BadRun."""
     try:
         yield path
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise BadRun(f"{path}: cannot be used ({reason}); restore the file or run quantize again") from error
 
@@ -244,19 +244,18 @@ class Run:
 
     def baked(self, name: str) -> NDArray[np.generic]:
         """As tensor, also where the run has yet to be called finished."""
-        with self._baked_file() as file:  # anew each time: pages that were read stay in memory as long as it is mapped
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        with _restorable(self.folder / BAKED):
+            return self._baked.read(name)
 
     def tensor_names(self) -> list[str]:
         """Names of all baked tensors, sorted; tokenizer.json is not among them."""
         self.require_finished()
-        with self._baked_file() as file:
-            return sorted(file.keys())
+        with _restorable(self.folder / BAKED):
+            return self._baked.names()
 
-    @contextmanager
-    def _baked_file(self) -> Iterator[Any]:
-        with _restorable(self.folder / BAKED) as path, safe_open(path, framework="numpy") as file:
-            yield file
+    @cached_property
+    def _baked(self) -> TensorReader:
+        return TensorReader(self.folder / BAKED)
 
     @property
     def weight_hashes(self) -> dict[str, str]:

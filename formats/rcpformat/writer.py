@@ -1,4 +1,4 @@
-"""Writes `.rcp` files: one tensor in memory at a time, canonical bytes, all or nothing. Knows nothing of models."""
+"""Writes `.rcp` files: two tensors in memory at a time, canonical bytes, all or nothing. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,15 +124,17 @@ def write_rcp(
         with _new_file(temporary, path) as file, ThreadPoolExecutor(1) as pool:
             with _output_errors(path):
                 file.write(header)
+            hashed: list[Future[Any]] = []
             for name in entries:
                 array = np.asarray(tensors[name](), order="C")
                 values.check_array(name, array, expected[name])
                 data = array.reshape(-1).view(np.uint8).data
-                digest = pool.submit(hashlib.sha256, data)
+                hashed.append(pool.submit(hashlib.sha256, data))
                 values.check_values(name, array, linear_shape)
                 with _output_errors(path):
                     file.write(data)
-                sha256[name] = digest.result().hexdigest()
+                wait(hashed[-2:-1])  # so that no more than two tensors are in memory
+            sha256 |= {name: digest.result().hexdigest() for name, digest in zip(entries, hashed, strict=True)}
             with _output_errors(path):
                 file.seek(0)
                 file.write(_header(metadata, entries, sha256))
