@@ -25,6 +25,8 @@ from rcpformat.reader import read_structure
 
 TensorSource = Callable[[], NDArray[Any]]
 
+_TEMPORARY = ".rcp-{}.tmp"
+
 
 @dataclass(frozen=True, kw_only=True)
 class WriteReport:
@@ -47,10 +49,30 @@ def _output_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _take(file: BinaryIO) -> bool:
+    """Lock an open file, as long as it is open; whether that could be done at once, here, and it still has a name."""
+    try:
+        import fcntl  # which not every system has
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0
+
+
+def _clear_away(folder: Path) -> None:
+    """Remove what killed writers left: temporary files that nobody holds."""
+    for path in folder.glob(_TEMPORARY.format("*")):
+        with suppress(OSError), path.open("rb+") as file:
+            if _take(file):
+                path.unlink()
+
+
 @contextmanager
 def _new_file(temporary: Path, path: Path) -> Iterator[BinaryIO]:
     with _output_errors(path):
         file = temporary.open("xb")
+    _take(file)
     try:
         yield file
     finally:
@@ -95,7 +117,7 @@ def write_rcp(
     check: called with the finished temporary file; what it raises keeps the file from its place.
 
     The data goes to a temporary file in the same folder, which then takes the name `path`; after any failure or
-    interrupt it is removed, and what was at `path` stays.
+    interrupt it is removed, and what was at `path` stays; what a killed process left in that folder is removed first.
 
     Raises OutputExists, OutputNotWritable (at once where the disk has no room for the file), or the FormatError that
     fits (MissingTensor, UnknownTensor, WrongDtype, WrongShape, and those of the values).
@@ -114,12 +136,13 @@ def write_rcp(
     header = _header(metadata, entries, sha256)
     nbytes = len(header) + max(entry.end for entry in entries.values())
     read_structure(io.BytesIO(header), nbytes)
-    _require_room(path, nbytes)
 
     def linear_shape(name: str) -> tuple[int, int]:
         return spec.linear_shape(metadata.architecture, spec.linear_kind(name))
 
-    temporary = path.parent / f".rcp-{secrets.token_hex(8)}.tmp"
+    _clear_away(path.parent)
+    _require_room(path, nbytes)
+    temporary = path.parent / _TEMPORARY.format(secrets.token_hex(8))
     try:
         with _new_file(temporary, path) as file, ThreadPoolExecutor(1) as pool:
             with _output_errors(path):
@@ -140,11 +163,11 @@ def write_rcp(
                 file.write(_header(metadata, entries, sha256))
                 file.flush()
                 os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
-        _refuse_existing(path, force)
-        with _output_errors(path):
-            os.replace(temporary, path)
+            if check is not None:
+                check(temporary)
+            _refuse_existing(path, force)
+            with _output_errors(path):
+                os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
