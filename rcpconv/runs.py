@@ -49,6 +49,7 @@ DEFAULT_RUNS = "rcp-runs"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 
 RECORD, RECIPE, TOKENIZER, METRICS, PLOT = "run.json", "recipe.toml", "tokenizer.json", "metrics.jsonl", "loss.png"
+CHECKPOINTS = "checkpoints"
 BAKED, WEIGHT_HASHES = "baked.safetensors", "weights.sha256.json"
 _LOCK = ".lock"
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import rcpconv.quantize
 import rcpformat.writer
 from rcpconv.cli import main
-from rcpconv.errors import BadRun, NotSaved
+from rcpconv.errors import BadRun, NotEnoughMachine, NotSaved
 from rcpconv.export import export
 from rcpconv.runs import BAKED, FINISHED, RECORD, RUNNING, Run
 from rcpconv.train import checkpoints
@@ -193,11 +193,11 @@ def test_killed_many_times_at_random_moments(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB. Needs the right to mount one."""
+    """A file system of 8 MB. Needs the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
     except FileNotFoundError:
         pytest.skip("needs the command mount")
     if mounted.returncode:
@@ -318,9 +318,26 @@ def test_disk_full_at_an_export_keeps_the_old_file(
 
 def test_a_new_run_on_a_full_disk_leaves_nothing(checkpoint: Path, text: Path, small_disk: Path) -> None:
     fill(small_disk)
-    with pytest.raises(NotSaved, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(NotEnoughMachine, match=r"0 kB of disk are free in .*, the result takes .*: make room"):
         train(checkpoint, text, small_disk / "runs" / "a")
     assert not list(small_disk.glob("runs/*"))
+
+
+def test_checkpoints_that_are_there_need_no_more_disk(checkpoint: Path, text: Path, small_disk: Path) -> None:
+    """A run that fitted the disk when it began can go on."""
+    folder = small_disk / "runs" / "a"
+    child = in_child(begin_or_go_on(str(checkpoint), text, folder, steps=10_000), small_disk.parent / "log")
+    wait_for_line(folder, 13, child)
+    assert kill(child)
+    fill(small_disk, leave=2_000_000)  # of 3.4 MB that it needs in all
+    action = begin_or_go_on(str(checkpoint), text, folder)
+    child = in_child(action, small_disk.parent / "log")
+    wait_for_line(folder, 20, child)
+    assert kill(child)
+    (small_disk / "filler").unlink()
+    fill(small_disk, leave=500_000)
+    with pytest.raises(NotEnoughMachine, match=r"take .* more than is there: use --keep-checkpoints 1"):
+        resume(folder)
 
 
 def test_a_second_process_is_refused_by_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
