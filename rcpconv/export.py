@@ -92,9 +92,6 @@ def check_lossless(path: Path, run: Run) -> None:
                 f"{run.folder}: weights.sha256.json does not list exactly the model's layers: {missing[0]}"
             )
 
-        def decoded(name: str) -> str:
-            return hash_decoded(file.linear(name))
-
         def compare(what: str, names: Iterable[str], found: Callable[[str], str], expected: Mapping[str, str]) -> None:
             names = list(names)
             for name, sha256 in zip(names, pool.map(found, names), strict=True):
@@ -109,4 +106,9 @@ def check_lossless(path: Path, run: Run) -> None:
             f"values are not those that {run.folder} ended with", file.header_tensors, file.sha256, run.tensor_hashes
         )
         if not run.decoded:
-            compare(f"weights are not those that {run.folder} trained", linears, decoded, run.weight_hashes)
+            compare(
+                f"weights are not those that {run.folder} trained",
+                linears,
+                lambda name: hash_decoded(file.linear(name)),
+                run.weight_hashes,
+            )

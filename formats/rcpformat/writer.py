@@ -49,30 +49,31 @@ def _output_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _take(file: BinaryIO) -> bool:
-    """Lock an open file, as long as it is open; whether that could be done at once, here, and it still has a name."""
-    try:
-        import fcntl  # which not every system has
+def _lock(file: BinaryIO, *, wait: bool) -> None:
+    """Hold an open file as long as it is open. Raises OSError or ImportError where that cannot be."""
+    import fcntl  # which not every system has
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return os.fstat(file.fileno()).st_nlink > 0
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _clear_away(folder: Path) -> None:
     """Remove what killed writers left: temporary files that nobody holds."""
     for path in folder.glob(_TEMPORARY.format("*")):
-        with suppress(OSError), path.open("rb+") as file:
-            if _take(file):
-                path.unlink()
+        with suppress(OSError, ImportError), path.open("rb+") as file:
+            _lock(file, wait=False)
+            path.unlink()
 
 
 @contextmanager
 def _new_file(temporary: Path, path: Path) -> Iterator[BinaryIO]:
-    with _output_errors(path):
-        file = temporary.open("xb")
-    _take(file)
+    removed = True
+    while removed:  # which another writer may do between the next two calls
+        with _output_errors(path):
+            file = temporary.open("xb")
+        with suppress(OSError, ImportError):
+            _lock(file, wait=True)
+        if removed := not os.fstat(file.fileno()).st_nlink:
+            file.close()
     try:
         yield file
     finally:
