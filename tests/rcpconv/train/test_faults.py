@@ -30,7 +30,7 @@ from tiny_trainings import EVALUATED, assert_same_result, in_child, resume, trai
 
 DRILL_LOG = "RCPCONV_DRILL_LOG"
 """Environment variable: a file that the long drill writes a line of JSON to for every kill."""
-KILLS = 60
+KILLS = 100
 OLD_FILE = b"what was there before"
 
 
@@ -143,6 +143,7 @@ def test_killed_while_it_exports(reference: Run, tmp_path: Path, there: bool) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_disk")
 def test_killed_many_times_at_random_moments(tmp_path: Path) -> None:
     """The demo model, from set-up to the last write, and its export; a checkpoint after every step."""
     text = tmp_path / "text.txt"
@@ -165,7 +166,7 @@ def test_killed_many_times_at_random_moments(tmp_path: Path) -> None:
         action = begin_or_go_on("demo", text, folder, **settings)
         while not folder.exists() or Run.open(folder).status != FINISHED:
             child = in_child(action, tmp_path / "log")
-            time.sleep(after := training_s * chance.random() ** 2)
+            time.sleep(after := training_s * chance.random() ** 3)
             killed = kill(child)
             require_intact(folder)
             if killed:
@@ -174,7 +175,7 @@ def test_killed_many_times_at_random_moments(tmp_path: Path) -> None:
         assert_same_result(run, reference)
         out.parent.mkdir()
         out.write_bytes(OLD_FILE)
-        for _ in range(8):
+        for _ in range(3):
             child = in_child(lambda run=run, out=out: export(run, out, force=True).nbytes and 0, tmp_path / "log")
             time.sleep(after := 1.5 * export_s * chance.random())
             killed = kill(child)
