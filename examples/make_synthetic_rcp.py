@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats")]
 from rcpformat import Architecture, Quantization, spec, write_rcp  # noqa: E402
 from rcpformat.errors import OutputExists, OutputNotWritable  # noqa: E402
 from rcpformat.writer import TensorSource, WriteReport  # noqa: E402
-from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_3_8B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M  # noqa: E402
+from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_3_8B, LLAMA_32_1B, LLAMA_32_3B, TINYLLAMA, WIKI_22M  # noqa: E402
 from tiny_rcp import random_metadata, tiny_tokenizer  # noqa: E402
 
 
@@ -38,6 +38,7 @@ SHAPES = {
     "llama-3-8b": (LLAMA_3_8B, 5e5),
     "llama-3.2-1b": (_one_table(LLAMA_32_1B), 5e5),
     "llama-3.2-3b": (_one_table(LLAMA_32_3B), 5e5),
+    "tinyllama-1.1b": (TINYLLAMA, 1e4),
     "wiki-llama-22m": (_one_table(WIKI_22M), 1e4),
     "demo": (_one_table(DEMO), 1e4),
 }
@@ -86,11 +87,10 @@ def draw(
     return rng.choice([-1, 1], shape)
 
 
-def write_synthetic(
-    out: Path, architecture: Architecture, theta: float, *, seed: int = 0, force: bool = False
-) -> WriteReport:
-    """Write a file of this shape to `out`. Linear layers' widths are multiples of 4. Raises as write_rcp does."""
-    quantization = Quantization(method="random")
+def tensor_sources(
+    architecture: Architecture, quantization: Quantization, theta: float, seed: int = 0
+) -> dict[str, TensorSource]:
+    """Name -> function that draws the tensor, the same one each time, for every tensor of the file."""
 
     def source(name: str, form: spec.TensorSpec) -> TensorSource:
         def tensor() -> NDArray[Any]:
@@ -100,7 +100,15 @@ def write_synthetic(
         return tensor
 
     expected = spec.expected_tensors(architecture, quantization)
-    sources = {name: source(name, form) for name, form in expected.items()}
+    return {name: source(name, form) for name, form in expected.items()}
+
+
+def write_synthetic(
+    out: Path, architecture: Architecture, theta: float, *, seed: int = 0, force: bool = False
+) -> WriteReport:
+    """Write a file of this shape to `out`. Linear layers' widths are multiples of 4. Raises as write_rcp does."""
+    quantization = Quantization(method="random")
+    sources = tensor_sources(architecture, quantization, theta, seed)
     return write_rcp(out, random_metadata(architecture, quantization), sources, force=force)
 
 

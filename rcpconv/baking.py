@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rcpconv.errors import ExportMismatch
 from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
 from rcpconv.model import Decoder, DecoderLayer, LazyDecoder, OneTableInput, Piece, build_pieces
 from rcpconv.parts import BakedParts
+from rcpconv.proof import hash_decoded, hash_weights
 from rcpformat import codec, spec
 from rcpformat.architecture import Architecture, Quantization
 
 Array = NDArray[Any]
-
-_HASHED_WEIGHTS = 1 << 17
-"""Weights that are hashed at a time, in the processor's cache."""
 
 
 def _numpy(tensor: Tensor) -> Array:
@@ -82,18 +80,27 @@ def weight_hashes(piece: Piece) -> dict[str, str]:
     return hashes
 
 
-def hash_tensor(array: Array) -> str:
-    """SHA-256 of an array's bytes in row-major order, as in a file's header."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+def proven_hashes(piece: Piece, baked: Mapping[str, Array]) -> dict[str, str]:
+    """weight_hashes, once each linear's baked tensors were decoded and gave the same. Raises ExportMismatch.
 
-
-def hash_weights(weights_NK: Array) -> str:
-    """SHA-256 of float32 weights in row-major order, zeros taken as +0."""
-    digest = hashlib.sha256()
-    rows = max(1, _HASHED_WEIGHTS // weights_NK.shape[1])
-    for start in range(0, len(weights_NK), rows):
-        digest.update(np.ascontiguousarray(weights_NK[start : start + rows] + np.float32(0)).data)
-    return digest.hexdigest()
+    baked: what bake_piece gives for this piece.
+    """
+    hashes = weight_hashes(piece)
+    for name, linear in _linears(piece):
+        packed = codec.PackedLinear(
+            name=name,
+            shape=(linear.weight.shape[0], linear.weight.shape[1]),
+            group_size=linear.quantizer.group_size,
+            codes=baked[name + ".codes"],
+            levels=baked[name + ".levels"],
+            scale=baked[name + ".scale"],
+        )
+        if hash_decoded(packed) != hashes[name]:
+            raise ExportMismatch(
+                f"{name}: codes, levels and scale decode to other weights than the training's forward pass uses, by "
+                "SHA-256; the machine erred, or rcpconv has a fault: resume the run to try again, and report it"
+            )
+    return hashes
 
 
 def lazy_baked(

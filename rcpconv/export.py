@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpconv.baking import hash_tensor, hash_weights
 from rcpconv.config import DATA, OPTIONS, TRAINING
 from rcpconv.errors import BadRun, ExportMismatch
+from rcpconv.proof import hash_decoded
 from rcpconv.runs import Run
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train.texts import HUB_PREFIX
@@ -22,14 +22,15 @@ from rcpformat.reader import RcpFile
 from rcpformat.writer import WriteReport, write_rcp
 
 _CHECKED_AT_A_TIME = 4
-"""Linears that are decoded and hashed side by side: 13 bytes a weight of each."""
+"""Tensors that are hashed side by side."""
 
 
 def export(run: Run, out: Path, *, force: bool = False) -> WriteReport:
-    """Write the run's model to `out`, one tensor in memory at a time; the same run gives the same bytes every time.
+    """Write the run's model to `out`, two tensors in memory at a time; the same run gives the same bytes every time.
 
-    Before the file takes its name, every linear weight is decoded from it and compared (SHA-256) with what the training
-    forward used, and every tensor with what the run recorded when it ended.
+    Before the file takes its name, every tensor is read back from it and compared (SHA-256) with what the run recorded
+    when it ended, which were then decoded and found to be what the training forward used. For older runs, which have no
+    record of that, every linear weight is decoded from the file and compared now.
 
     Raises BadRun for one of a ComparisonQuantization, ExportMismatch where weights or tensors differ, OutputExists or
     OutputNotWritable for `out`; nothing is written then.
@@ -84,24 +85,30 @@ def _source(run: Run, name: str) -> Callable[[], NDArray[Any]]:
 
 def check_lossless(path: Path, run: Run) -> None:
     """Raise ExportMismatch unless the file at `path` holds exactly what the run trained."""
-    with RcpFile.open(path, verify=True) as file:
+    with RcpFile.open(path) as file, ThreadPoolExecutor(_CHECKED_AT_A_TIME) as pool:
         linears = spec.linear_names(file.architecture)
         if missing := sorted(set(linears) ^ set(run.weight_hashes)):
             raise ExportMismatch(
                 f"{run.folder}: weights.sha256.json does not list exactly the model's layers: {missing[0]}"
             )
-        with ThreadPoolExecutor(_CHECKED_AT_A_TIME) as pool:
-            found = pool.map(lambda name: hash_weights(file.linear(name).weights()), linears)
-            for name, sha256 in zip(linears, found, strict=True):
-                if sha256 != run.weight_hashes[name]:
+
+        def compare(what: str, names: Iterable[str], found: Callable[[str], str], expected: Mapping[str, str]) -> None:
+            names = list(names)
+            for name, sha256 in zip(names, pool.map(found, names), strict=True):
+                if sha256 != expected.get(name):
                     pool.shutdown(cancel_futures=True)
                     raise ExportMismatch(
-                        f"{name}: the weights are not those that {run.folder} trained, by SHA-256; the run folder was "
-                        "changed or damaged: run `rcpconv quantize` again"
+                        f"{name}: the {what}, by SHA-256; the run folder was changed or damaged: run "
+                        "`rcpconv quantize` again"
                     )
-        for name in file.header_tensors:
-            if hash_tensor(file.tensor(name)) != run.tensor_hashes.get(name):
-                raise ExportMismatch(
-                    f"{name}: the values are not those that {run.folder} ended with, by SHA-256; the run folder was "
-                    "changed or damaged: run `rcpconv quantize` again"
-                )
+
+        compare(
+            f"values are not those that {run.folder} ended with", file.header_tensors, file.sha256, run.tensor_hashes
+        )
+        if not run.decoded:
+            compare(
+                f"weights are not those that {run.folder} trained",
+                linears,
+                lambda name: hash_decoded(file.linear(name)),
+                run.weight_hashes,
+            )

@@ -22,6 +22,7 @@ from rich.table import Table
 from rcpconv import estimate
 from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, UNTRAINED, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
+from rcpconv.runs import CHECKPOINTS
 from rcpconv.scheme import read_scheme
 from rcpconv.train.progress import duration
 from rcpformat import spec
@@ -172,7 +173,10 @@ class Plan:
         return sum(self.memory.values())
 
     def shortages(self, folder: Path) -> list[str]:
-        """Why this machine will not do, each with its remedy; empty when it will. folder: where runs go."""
+        """Why this machine will not do, each with its remedy; empty when it will.
+
+        folder: of the run, or where it will be. Checkpoints that are there already need no more room.
+        """
         c, m = self.config, self.machine
         found = []
         if self.memory_bytes > _USABLE_MEMORY * m.memory_bytes:
@@ -189,13 +193,15 @@ class Plan:
         disk = shutil.disk_usage(existing).free
         kept = c.keep_checkpoints + 1 if c.checkpoint_every else 1
         result = self.sizes.total_bytes
+        there = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+        checkpoints = max(0, self.checkpoint_bytes * kept - there)
         if result > disk:
             found.append(f"{size(disk)} of disk are free in {existing}, the result takes {size(result)}: make room")
-        elif self.checkpoint_bytes * kept + result > disk:
+        elif checkpoints + result > disk:
             found.append(
                 f"{size(disk)} of disk are free in {existing}, {kept} checkpoints and the result take "
-                f"{size(self.checkpoint_bytes * kept + result)}: use --keep-checkpoints 1, --checkpoint-contents "
-                "weights, or --checkpoint-every 0 for none"
+                f"{size(checkpoints + result)}{' more than is there' if there else ''}: use --keep-checkpoints 1, "
+                "--checkpoint-contents weights, or --checkpoint-every 0 for none"
             )
         return found
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from rcpconv import distributed
-from rcpconv.baking import bake_piece, hash_tensor, lazy_baked, weight_hashes
+from rcpconv.baking import bake_piece, lazy_baked, proven_hashes
 from rcpconv.checkpoint import SourceModel, load_source, outline_source
 from rcpconv.config import (
     AUTO,
@@ -43,15 +43,16 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder, LazyDecoder, Piece
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
+from rcpconv.proof import hash_tensor
 from rcpconv.quantizers import Learning
 from rcpconv.runs import (
     BAKED,
     FAILED,
     FINISHED,
     RUNNING,
-    WEIGHT_HASHES,
     Run,
     created,
+    keep_hashes,
     locked,
     new_run_folder,
     newest_unfinished,
@@ -60,7 +61,6 @@ from rcpconv.runs import (
     require_free,
     require_room,
     runs_root,
-    write_json,
 )
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.tensor_file import TensorWriter
@@ -308,6 +308,9 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
 def keep_result(run: Run, pieces: Iterable[Piece], source: SourceModel) -> None:
     """Bake a decoder in training, piece by piece, and leave the tensors of the file in the run folder, with their
     hashes: "weights" by linear (baking.weight_hashes), and "tensors" by name, tokenizer.json among them.
+
+    Each linear is decoded again and compared with what the forward pass uses; "decoded" says so, and that who finds
+    tensors with these hashes has those weights. Raises ExportMismatch, NotSaved.
     """
     path, form = run.folder / BAKED, spec.expected_tensors(run.architecture, run.quantization)
     del form[spec.TOKENIZER]
@@ -317,13 +320,15 @@ def keep_result(run: Run, pieces: Iterable[Piece], source: SourceModel) -> None:
         writer = TensorWriter(file, form)
         writer.write(spec.INV_FREQ, np.array(source.inv_freq, np.float64))
         for piece in pieces:
+            baked = {}
             for name, array in bake_piece(piece):
                 writer.write(name, array)
-            weights |= weight_hashes(piece)
-            del piece  # before the next one is made
+                baked[name] = array
+            weights |= proven_hashes(piece, baked)
+            del piece, baked  # before the next one is made
         tensors = writer.finish()
     tensors[spec.TOKENIZER] = hash_tensor(np.frombuffer(source.tokenizer.json, np.uint8))
-    write_json(run.folder / WEIGHT_HASHES, {"weights": weights, "tensors": dict(sorted(tensors.items()))})
+    keep_hashes(run, weights, tensors)
 
 
 @contextmanager

@@ -9,7 +9,8 @@
         loss.png              the curve of it
         checkpoints/          what --resume continues from
         baked.safetensors     finished runs: the tensors of the file
-        weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor
+        weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor,
+                              and that the tensors were decoded and gave those weights
 
 Every file appears whole or not at all (temporary file, fsync, rename), so a run can be killed at any moment.
 """
@@ -31,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadRun, NotSaved, RunNotFound
 from rcpconv.scheme import read_scheme
+from rcpconv.tensor_file import TensorReader
 from rcpformat.architecture import Architecture, Quantization, TokenizerInfo
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ DEFAULT_RUNS = "rcp-runs"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 
 RECORD, RECIPE, TOKENIZER, METRICS, PLOT = "run.json", "recipe.toml", "tokenizer.json", "metrics.jsonl", "loss.png"
+CHECKPOINTS = "checkpoints"
 BAKED, WEIGHT_HASHES = "baked.safetensors", "weights.sha256.json"
 _LOCK = ".lock"
 
@@ -130,7 +132,7 @@ def _restorable(path: Path) -> Iterator[Path]:
     """Turn what goes wrong with a damaged or missing file of a run into BadRun."""
     try:
         yield path
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise BadRun(f"{path}: cannot be used ({reason}); restore the file or run quantize again") from error
 
@@ -243,34 +245,44 @@ class Run:
 
     def baked(self, name: str) -> NDArray[np.generic]:
         """As tensor, also where the run has yet to be called finished."""
-        with self._baked_file() as file:  # anew each time: pages that were read stay in memory as long as it is mapped
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        with _restorable(self.folder / BAKED):
+            return self._baked.read(name)
 
     def tensor_names(self) -> list[str]:
         """Names of all baked tensors, sorted; tokenizer.json is not among them."""
         self.require_finished()
-        with self._baked_file() as file:
-            return sorted(file.keys())
-
-    @contextmanager
-    def _baked_file(self) -> Iterator[Any]:
-        with _restorable(self.folder / BAKED) as path, safe_open(path, framework="numpy") as file:
-            yield file
+        with _restorable(self.folder / BAKED):
+            return self._baked.names()
 
     @cached_property
+    def _baked(self) -> TensorReader:
+        return TensorReader(self.folder / BAKED)
+
+    @property
     def weight_hashes(self) -> dict[str, str]:
         """Linear layer -> SHA-256 of the weights its training forward used (rcpconv.baking.weight_hashes)."""
         return self._hashes("weights")
 
-    @cached_property
+    @property
     def tensor_hashes(self) -> dict[str, str]:
         """Name in SPEC.md, section 7 -> SHA-256 of the tensor's bytes when the training ended."""
         return self._hashes("tensors")
 
+    @property
+    def decoded(self) -> bool:
+        """Whether tensors of those hashes are known to decode to weights of those hashes; not said in older runs."""
+        return self._hash_record.get("decoded") is True
+
     def _hashes(self, kind: str) -> dict[str, str]:
+        record = self._hash_record
+        with _restorable(self.folder / WEIGHT_HASHES):
+            return dict(record[kind])
+
+    @cached_property
+    def _hash_record(self) -> dict[str, Any]:
         self.require_finished()
         with _restorable(self.folder / WEIGHT_HASHES) as path:
-            return dict(json.loads(path.read_bytes())[kind])
+            return dict(json.loads(path.read_bytes()))
 
     def source(self) -> SourceModel:
         """The original checkpoint, opened again. Raises ConversionError when it is gone."""
@@ -286,6 +298,12 @@ class Run:
         """Set fields of run.json, at once and atomically."""
         self.record = self.record | values
         write_json(self.folder / RECORD, self.record)
+
+
+def keep_hashes(run: Run, weights: Mapping[str, str], tensors: Mapping[str, str]) -> None:
+    """Leave what `weight_hashes` and `tensor_hashes` give, of tensors that were decoded and gave those weights."""
+    record = {"decoded": True, "weights": weights, "tensors": dict(sorted(tensors.items()))}
+    write_json(run.folder / WEIGHT_HASHES, record)
 
 
 @contextmanager

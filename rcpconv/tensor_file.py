@@ -1,15 +1,17 @@
-"""A safetensors file written in pieces, so that no more than a piece is in memory. Knows nothing of models."""
+"""A safetensors file written and read in pieces, so that no more is in memory. Knows nothing of models."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpformat.header import lay_out, serialize_header
+from rcpformat.header import lay_out, parse_entries, read_header_json, serialize_header
 from rcpformat.spec import DTYPES, TensorSpec
 
 
@@ -39,3 +41,33 @@ class TensorWriter:
         missing = [name for name, entry in self._entries.items() if self._position[name] != entry.end]
         assert not missing, missing
         return {name: digest.hexdigest() for name, digest in sorted(self._sha256.items())}
+
+
+class TensorReader:
+    """Reads single tensors of a file that does not change meanwhile. Holds no file open, and maps none into memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, or a FormatError for a damaged file."""
+        self._path = path
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header, self._start = read_header_json(file, size)
+        header.pop("__metadata__", None)
+        self._entries = parse_entries(header, size - self._start)
+
+    def names(self) -> list[str]:
+        """Sorted."""
+        return sorted(self._entries)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor of its own memory. Raises KeyError, OSError, or ValueError where the file has become shorter."""
+        entry = self._entries[name]
+        array = np.empty(entry.shape, DTYPES[entry.dtype])
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._start + entry.begin)
+            data = array.reshape(-1).view(np.uint8).data
+            while data:
+                if not (count := file.readinto(data)):
+                    raise ValueError(f"{name}: the file ends before it does")
+                data = data[count:]
+        return array

@@ -16,6 +16,15 @@ LLAMA_2_7B = Architecture(
     rms_norm_eps=1e-5,
     max_position_embeddings=4096,
 )
+TINYLLAMA = dataclasses.replace(
+    LLAMA_2_7B,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_layers=22,
+    num_kv_heads=4,
+    head_dim=64,
+    max_position_embeddings=2048,
+)
 LLAMA_2_13B = dataclasses.replace(
     LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
 )

@@ -134,10 +134,11 @@ def _check_signs(name: str, array: Array) -> None:
 def _check_levels(name: str, array: Array) -> None:
     _require(LevelOutOfRange, name, array, "-127 to 127", lambda level: level != -128)
     for start, piece in _pieces(array):
-        level = piece.reshape(-1, spec.LEVELS_PER_GROUP)
-        ordered = (level[:, :-1] <= level[:, 1:]).all(axis=-1)
+        ordered = piece[:-1] <= piece[1:]
+        ordered[spec.LEVELS_PER_GROUP - 1 :: spec.LEVELS_PER_GROUP] = True  # from one group to the next
         if not ordered.all():
-            at = int(np.argmin(ordered))
+            at = int(np.argmin(ordered)) // spec.LEVELS_PER_GROUP
+            level = piece.reshape(-1, spec.LEVELS_PER_GROUP)
             row, group = divmod(start // spec.LEVELS_PER_GROUP + at, array.shape[1])
             raise DecreasingLevels(
                 f"{name}[{row}, {group}]: expected levels that do not decrease, found {level[at].tolist()}; "

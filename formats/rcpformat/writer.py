@@ -1,4 +1,4 @@
-"""Writes `.rcp` files: one tensor in memory at a time, canonical bytes, all or nothing. Knows nothing of models."""
+"""Writes `.rcp` files: two tensors in memory at a time, canonical bytes, all or nothing. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from rcpformat.metadata import RcpMetadata
 from rcpformat.reader import read_structure
 
 TensorSource = Callable[[], NDArray[Any]]
+
+_TEMPORARY = ".rcp-{}.tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,31 @@ def _output_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _lock(file: BinaryIO, *, wait: bool) -> None:
+    """Hold an open file as long as it is open. Raises OSError or ImportError where that cannot be."""
+    import fcntl  # which not every system has
+
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _clear_away(folder: Path) -> None:
+    """Remove what killed writers left: temporary files that nobody holds."""
+    for path in folder.glob(_TEMPORARY.format("*")):
+        with suppress(OSError, ImportError), path.open("rb+") as file:
+            _lock(file, wait=False)
+            path.unlink()
+
+
 @contextmanager
 def _new_file(temporary: Path, path: Path) -> Iterator[BinaryIO]:
-    with _output_errors(path):
-        file = temporary.open("xb")
+    removed = True
+    while removed:  # which another writer may do between the next two calls
+        with _output_errors(path):
+            file = temporary.open("xb")
+        with suppress(OSError, ImportError):
+            _lock(file, wait=True)
+        if removed := not os.fstat(file.fileno()).st_nlink:
+            file.close()
     try:
         yield file
     finally:
@@ -94,7 +118,7 @@ def write_rcp(
     check: called with the finished temporary file; what it raises keeps the file from its place.
 
     The data goes to a temporary file in the same folder, which then takes the name `path`; after any failure or
-    interrupt it is removed, and what was at `path` stays.
+    interrupt it is removed, and what was at `path` stays; what a killed process left in that folder is removed first.
 
     Raises OutputExists, OutputNotWritable (at once where the disk has no room for the file), or the FormatError that
     fits (MissingTensor, UnknownTensor, WrongDtype, WrongShape, and those of the values).
@@ -113,34 +137,38 @@ def write_rcp(
     header = _header(metadata, entries, sha256)
     nbytes = len(header) + max(entry.end for entry in entries.values())
     read_structure(io.BytesIO(header), nbytes)
-    _require_room(path, nbytes)
 
     def linear_shape(name: str) -> tuple[int, int]:
         return spec.linear_shape(metadata.architecture, spec.linear_kind(name))
 
-    temporary = path.parent / f".rcp-{secrets.token_hex(8)}.tmp"
+    _clear_away(path.parent)
+    _require_room(path, nbytes)
+    temporary = path.parent / _TEMPORARY.format(secrets.token_hex(8))
     try:
-        with _new_file(temporary, path) as file:
+        with _new_file(temporary, path) as file, ThreadPoolExecutor(1) as pool:
             with _output_errors(path):
                 file.write(header)
+            hashed: list[Future[Any]] = []
             for name in entries:
                 array = np.asarray(tensors[name](), order="C")
                 values.check_array(name, array, expected[name])
-                values.check_values(name, array, linear_shape)
                 data = array.reshape(-1).view(np.uint8).data
-                sha256[name] = hashlib.sha256(data).hexdigest()
+                hashed.append(pool.submit(hashlib.sha256, data))
+                values.check_values(name, array, linear_shape)
                 with _output_errors(path):
                     file.write(data)
+                wait(hashed[-2:-1])  # so that no more than two tensors are in memory
+            sha256 |= {name: digest.result().hexdigest() for name, digest in zip(entries, hashed, strict=True)}
             with _output_errors(path):
                 file.seek(0)
                 file.write(_header(metadata, entries, sha256))
                 file.flush()
                 os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
-        _refuse_existing(path, force)
-        with _output_errors(path):
-            os.replace(temporary, path)
+            if check is not None:
+                check(temporary)
+            _refuse_existing(path, force)
+            with _output_errors(path):
+                os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 
 from rcpconv.checkpoint.hf import read_weight_map
 from rcpconv.checkpoint.layout import META, Layout, choose_layout
@@ -42,15 +44,27 @@ def download_checkpoint(
         )
         commit = folder.name
         try:
-            names = HfApi().list_repo_files(repo_id, revision=commit)
+            entries = HfApi().list_repo_tree(repo_id, revision=commit, recursive=False)
+            sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
         except Exception:  # no connection, in the words of whichever HTTP library this release of the client uses
-            names = [path.name for path in folder.iterdir()]
-        layout = choose_layout([name for name in names if "/" not in name], repo_id)
+            sizes = {path.name: 0 for path in folder.iterdir()}
+        names = [name for name in sizes if "/" not in name]
+        layout = choose_layout(names, repo_id)
         check(folder, layout)
-        snapshot_download(
-            repo_id, revision=commit, cache_dir=cache_dir, allow_patterns=_weight_files(folder, layout, names)
-        )
+        wanted = _weight_files(folder, layout, names)
+        _require_room(repo_id, folder, sum(sizes.get(name, 0) for name in wanted if not (folder / name).exists()))
+        snapshot_download(repo_id, revision=commit, cache_dir=cache_dir, allow_patterns=wanted)
     return folder
+
+
+def _require_room(repo_id: str, folder: Path, nbytes: int) -> None:
+    """Raises DownloadFailed where the cache's disk has less than nbytes left."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise DownloadFailed(
+            f"{repo_id}: its weights take {nbytes:,} bytes of disk, {free:,} are free in {folder}; make room, or set "
+            "HF_HOME to a folder on a larger disk"
+        )
 
 
 def _weight_files(folder: Path, layout: Layout, names: list[str]) -> list[str]:

@@ -19,19 +19,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcpconv import distributed
 from rcpconv.errors import BadRun, NotSaved
-from rcpconv.runs import Run, replacing, saving, sync_folder
-
-_FOLDER = "checkpoints"
+from rcpconv.runs import CHECKPOINTS, Run, replacing, saving, sync_folder
 
 
 def _paths(run: Run) -> list[Path]:
     """Checkpoints by step, oldest first."""
-    return sorted((run.folder / _FOLDER).glob("step-*"))
+    return sorted((run.folder / CHECKPOINTS).glob("step-*"))
 
 
 def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     """Write the state after `step` steps, then delete all but the `keep` newest checkpoints."""
-    path = run.folder / _FOLDER / f"step-{step:07d}.pt"
+    path = run.folder / CHECKPOINTS / f"step-{step:07d}.pt"
     several = distributed.processes() > 1
     try:
         if several:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rcpconv import distributed
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import TrainingDiverged
+from rcpconv.errors import NotSaved, TrainingDiverged
 from rcpconv.model import Decoder
 from rcpconv.prepare import rotation_signs
 from rcpconv.runs import METRICS, PLOT, Run
@@ -210,9 +210,13 @@ class Trainer:
                         rate.skip(paused)
                     if number := stopped():
                         raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", number)
+        except BaseException:
+            with suppress(NotSaved, ValueError):  # what ended the training may also keep the curve from being drawn
+                self._plot()
+            raise
         finally:
             metrics.close()
-            self._plot()
+        self._plot()
         if self.mean is not None:
             self.mean.exchange()
 

@@ -18,7 +18,7 @@ from rcpconv.runs import replacing, saving
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each appended by a single write."""
+    """metrics.jsonl: one JSON object a line, each appended at once."""
 
     def __init__(self, path: Path, length: int) -> None:
         """Continue the file after `length` bytes; what a killed run wrote beyond them is dropped."""
@@ -29,12 +29,17 @@ class Metrics:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one line."""
+        data = (json.dumps(line) + "\n").encode()
         with saving(self._path):
-            self.length += os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+            while data:  # a nearly full disk takes a part of it
+                written = os.write(self._descriptor, data)
+                self.length += written
+                data = data[written:]
 
     def sync(self) -> None:
         """Make what was written durable."""
-        os.fsync(self._descriptor)
+        with saving(self._path):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Let go of the file."""

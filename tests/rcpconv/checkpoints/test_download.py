@@ -20,12 +20,16 @@ from tiny_checkpoints import make_tiny_checkpoint, make_tiny_meta_checkpoint
 
 # One process for all: importing transformers takes seconds. The client asks for its settings at each call.
 CLIENT = """
-import json, sys
+import json, shutil, sys
+from types import SimpleNamespace
 from huggingface_hub import constants
+from rcpconv.checkpoint import download
 from rcpconv.checkpoint import load_source
 for line in sys.stdin:
     request = json.loads(line)
     constants.HF_HUB_OFFLINE = request.pop("offline", False)
+    free = request.pop("free", None)
+    download.shutil = SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=free)) if free else shutil
     try:
         source = load_source(**request)
         answer = {"folder": str(source.folder), **source.provenance}
@@ -83,6 +87,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str,
         make_tiny_checkpoint("tinyllama", folder / layout, layout=layout)
     make_tiny_meta_checkpoint(folder / "meta", 2)
     return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in folder.iterdir()}
+
+
+def test_disk_is_checked_before_weights_are_fetched(client: Client, files: Mapping[str, Mapping[str, bytes]]) -> None:
+    client.hub.add("org/large", files["sharded"])
+    weights = sum(len(content) for name, content in files["sharded"].items() if name.endswith(".safetensors"))
+    answer = client.load("org/large", free=weights - 1)
+    assert answer["error"] == "DownloadFailed"
+    assert f"org/large: its weights take {weights:,} bytes of disk, {weights - 1:,} are free in" in answer["message"]
+    assert not any(name.endswith(".safetensors") for name in client.downloads())
+    assert "error" not in client.load("org/large", free=weights)
+    assert "error" not in client.load("org/large", free=1)  # all in the cache
 
 
 def test_only_the_preferred_layout_is_downloaded(client: Client, files: Mapping[str, Mapping[str, bytes]]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +17,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rcpconv.baking import baked_decoder, hash_weights
+from rcpconv.baking import baked_decoder
 from rcpconv.errors import BadRun, ExportMismatch, RunNotFound
 from rcpconv.export import export
 from rcpconv.inspection import bars, code_counts, inspect_file, model_size
+from rcpconv.proof import hash_decoded, hash_tensor, hash_weights
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import BAKED, RECIPE, RECORD, RUNNING, TOKENIZER, WEIGHT_HASHES, Run, write_json
-from rcpformat import OutputExists, Quantization, RcpFile, pack_codes, spec
+from rcpformat import OutputExists, Quantization, RcpFile, codec, pack_codes, spec
 from rcpformat.accounting import account
+from rcpformat.codec import PackedLinear
 from rcpformat.errors import FormatError
 from shapes import LLAMA_2_7B
 from tiny_runs import make_student, make_tiny_run
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +83,71 @@ def test_changed_weights_are_refused_and_nothing_is_written(run: Run, tmp_path: 
     tensors["layers.1.mlp.up.codes"][3, 5] ^= 0b01
     save_file(tensors, run.folder / BAKED)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportMismatch, match=r"layers\.1\.mlp\.up: the weights are not those"):
+    with pytest.raises(ExportMismatch, match=r"layers\.1\.mlp\.up\.codes: the values are not those"):
         export(Run.open(run.folder), tmp_path / "out" / "model.rcp")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def make_older(run: Run, **tensors: str) -> Run:
+    """A run that does not say whether its tensors were decoded, with other hashes of some."""
+    record = json.loads((run.folder / WEIGHT_HASHES).read_bytes())
+    del record["decoded"]
+    write_json(run.folder / WEIGHT_HASHES, record | {"tensors": record["tensors"] | tensors})
+    return Run.open(run.folder)
+
+
+def test_an_older_run_is_exported_to_the_same_bytes(run: Run, original_run: Run, tmp_path: Path) -> None:
+    export(make_older(run), tmp_path / "a.rcp")
+    export(original_run, tmp_path / "b.rcp")
+    assert (tmp_path / "a.rcp").read_bytes() == (tmp_path / "b.rcp").read_bytes()
+
+
+def test_weights_of_an_older_run_are_decoded(run: Run, tmp_path: Path) -> None:
+    """Even where the tensors are as its record says."""
+    tensors = load_file(run.folder / BAKED)
+    changed = "layers.1.mlp.up.codes"
+    tensors[changed][3, 5] ^= 0b01
+    save_file(tensors, run.folder / BAKED)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportMismatch, match=r"layers\.1\.mlp\.up: the weights are not those"):
+        export(make_older(run, **{changed: hash_tensor(tensors[changed])}), tmp_path / "out" / "model.rcp")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_ends_only_when_its_tensors_decode_to_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = codec.pack_codes
+    monkeypatch.setattr(codec, "pack_codes", lambda codes: pack(codes ^ (np.arange(codes.shape[1]) == 9)))
+    with pytest.raises(ExportMismatch, match=r"layers\.0\.attn\.q: codes, levels and scale decode to other weights"):
+        make_tiny_run("llama3", tmp_path)
+    assert not (tmp_path / "run" / BAKED).exists()
+
+
+def test_export_needs_no_torch(run: Run, tmp_path: Path) -> None:
+    """Importing it takes longer than writing the file of a small model."""
+    command = ["export", "--run", str(run.folder), "--out", str(tmp_path / "model.rcp")]
+    program = f"import sys\nsys.modules['torch'] = None\nfrom rcpconv.cli import main\nmain({command!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "formats")))}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert RcpFile.open(tmp_path / "model.rcp", verify=True).architecture == run.architecture
+
+
+@pytest.mark.parametrize("k", [1, 5, 172])
+def test_hash_of_packed_weights_is_that_of_the_weights(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rcpconv.proof._HASHED_WEIGHTS", 4 * k)
+    rng = np.random.default_rng(k)
+    groups = -(-k // 64)
+    linear = PackedLinear(
+        name="l",
+        shape=(7, k),
+        group_size=64,
+        codes=pack_codes(rng.integers(0, 4, (7, k), dtype=np.uint8)),
+        levels=np.sort(rng.integers(-127, 128, (7, groups, 4), dtype=np.int8), axis=-1),
+        scale=rng.random(7, dtype=np.float32),
+    )
+    assert hash_decoded(linear) == hash_weights(linear.weights())
 
 
 def test_hashes_of_other_layers_are_refused(run: Run, tmp_path: Path) -> None:

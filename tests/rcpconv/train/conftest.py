@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcpconv.runs import Run
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
+from tiny_trainings import EVALUATED, train
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,9 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run. Of a module, for its bits are those of one thread."""
+    return train(checkpoint, text, tmp_path_factory.mktemp("runs") / "reference", eval_data=str(text), **EVALUATED)

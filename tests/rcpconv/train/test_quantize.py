@@ -3,13 +3,8 @@
 import io
 import json
 import os
-import random
 import shutil
 import signal
-import sys
-import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -36,80 +31,18 @@ from rcpconv.quantize import NEWEST, quantize
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted
-from rcpconv.train.progress import read_metrics
 from rcpformat import spec
 from tiny_checkpoints import make_tiny_checkpoint
-
-STEPS = 20
-SETTINGS: dict[str, Any] = {
-    "seq_len": 24,
-    "batch_size": 2,
-    "grad_accum": 2,
-    "steps": STEPS,
-    "lr": 1e-3,
-    "log_every": 1,
-    "checkpoint_every": 4,
-    "device": "cpu",
-}
-
-
-def in_child(action: Callable[[], int], output: Path) -> int:
-    """Fork, run the action with its output in a file, and return the child's process id; its exit code is the action's.
-
-    Forking saves the import of torch, which takes seconds.
-    """
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        with output.open("a") as sys.stdout, redirect_stderr(sys.stdout):
-            code = action()
-    finally:
-        os._exit(code)
-
-
-def train(checkpoint: Path, text: Path, out: Path, **settings: Any) -> Run:
-    run = quantize(
-        str(checkpoint),
-        SETTINGS | {"data": (str(text),)} | settings,
-        out=out,
-        runs=out.parent,
-        console=Console(quiet=True),
-    )
-    assert run is not None
-    return run
-
-
-def resume(folder: Path, **settings: Any) -> Run:
-    run = quantize(None, settings, resume=str(folder), runs=folder.parent, console=Console(quiet=True))
-    assert run is not None
-    return run
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def assert_same_result(run: Run, reference: Run) -> None:
-    for name in ("baked.safetensors", "weights.sha256.json", "tokens/train.npy"):
-        assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes(), name
-    assert metrics(run.folder) == metrics(reference.folder)
-    assert run.evaluation == reference.evaluation
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An uninterrupted run."""
-    return train(
-        checkpoint,
-        text,
-        tmp_path_factory.mktemp("runs") / "reference",
-        eval_data=str(text),
-        max_eval_tokens=1000,
-        eval_every=8,
-    )
+from tiny_trainings import (
+    SETTINGS,
+    STEPS,
+    assert_same_result,
+    in_child,
+    metrics,
+    resume,
+    train,
+    wait_for_line,
+)
 
 
 def test_what_a_run_leaves(reference: Run, checkpoint: Path) -> None:
@@ -200,60 +133,6 @@ def test_the_baked_model_is_the_trained_one(reference: Run, text: Path) -> None:
     assert torch_perplexity(decoder, windows, "") == pytest.approx(
         reference.evaluation["perplexity"]["fake-quant"], rel=1e-5
     )
-
-
-def wait_for_line(folder: Path, count: int, child: int) -> None:
-    path = folder / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child ended early"
-        time.sleep(0.002)
-
-
-def test_killed_at_any_moment_and_resumed_gives_the_same_weights(
-    reference: Run, checkpoint: Path, text: Path, tmp_path: Path
-) -> None:
-    folder, chance = tmp_path / "killed", random.Random(0)
-
-    def begin() -> int:
-        train(checkpoint, text, folder, eval_data=str(text), max_eval_tokens=1000, eval_every=8)
-        return 0
-
-    def go_on() -> int:
-        resume(folder)
-        return 0
-
-    for action, lines in ((begin, 2), (go_on, 7), (go_on, 7), (go_on, 14)):
-        child = in_child(action, tmp_path / "log")
-        wait_for_line(folder, lines, child)
-        time.sleep(chance.random() * 0.1)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert Run.open(folder).status == RUNNING
-    assert_same_result(resume(folder), reference)
-
-
-@pytest.mark.slow
-def test_killed_fifty_times_at_random_moments(reference: Run, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    """From set-up to the last write; a checkpoint after every step, so that many of the kills hit one."""
-    chance, kills, trainings = random.Random(1), 0, 0
-    more = {"eval_data": str(text), "max_eval_tokens": 1000, "eval_every": 8, "checkpoint_every": 1}
-    while kills < 50:
-        trainings += 1
-        folder = tmp_path / str(trainings)
-
-        def go_on(folder: Path = folder) -> int:
-            if folder.exists():
-                resume(folder)
-            else:
-                train(checkpoint, text, folder, **more)
-            return 0
-
-        while not folder.exists() or Run.open(folder).status != FINISHED:
-            child = in_child(go_on, tmp_path / "log")
-            time.sleep(chance.random() ** 2)
-            os.kill(child, signal.SIGKILL)
-            kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert_same_result(Run.open(folder), reference)
 
 
 def test_ctrl_c_saves_exits_130_and_says_how_to_go_on(

@@ -16,12 +16,13 @@ import torch
 from click.testing import CliRunner
 
 import rcpconv.prepare
-from rcpconv.baking import bake, baked_decoder, hash_tensor, lazy_baked, weight_hashes
+from rcpconv.baking import bake, baked_decoder, lazy_baked, weight_hashes
 from rcpconv.checkpoint import load_source
 from rcpconv.errors import NotSaved
 from rcpconv.evaluate import lazy_perplexity, torch_perplexity
 from rcpconv.layers import ComputeOptions
 from rcpconv.prepare import lazy_original, original_decoder, prepare, student_decoder
+from rcpconv.proof import hash_tensor
 from rcpconv.quantize import quantize
 from rcpconv.quantizers.base import channel_weights, to_groups
 from rcpconv.quantizers.levels import LLOYD_MAX_STEPS, _gaussian_levels, assign, lloyd_max, sums_by_code
