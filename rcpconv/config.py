@@ -341,6 +341,32 @@ class QuantizeConfig:
         group=TRAINING,
         help="Share of --hidden-loss that is left at the end, after falling in a line.",
     )
+    activations_from: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=0.95,
+        group=TRAINING,
+        help="Share of the steps that pass before activations and KV cache are quantized: progressive bits.",
+    )
+    freeze: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of the steps, the last ones, in which the 2-bit layers' weights stay as they are, and levels, "
+        "clips and tables alone learn.",
+    )
+    pull: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of the way to its level that each weight is moved after an update, at the end; grows from 0 in a "
+        "line, against oscillation.",
+    )
     weight_decay: float = _option(
         0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."
     )
@@ -361,7 +387,10 @@ class QuantizeConfig:
         choices=LOSSES,
         group=TRAINING,
         help="kl: KL(teacher ‖ student). cakld: with KL(student ‖ teacher), by the teacher's confidence. "
-        "mix: half kl, half cross-entropy on the text.",
+        "mix: kl and cross-entropy on the text (--mix-share).",
+    )
+    mix_share: float = _option(
+        0.5, type=float, low=0, high=1, group=TRAINING, help="Cross-entropy's share of the loss mix."
     )
     temperature: float = _option(
         1.0, type=float, above=0, group=TRAINING, help="Softens both distributions of the KL terms."
@@ -472,6 +501,8 @@ class QuantizeConfig:
                 raise BadOption(f"{name}: {value} is for the optimizer adamw; found {self.optimizer}")
         if self.ema and self.master_weights == "bf16":
             raise BadOption(f"ema: {self.ema:g}, but a mean of bf16 weights would not move; use master_weights fp32")
+        if self.pull and (self.master_weights == "bf16" or self.step_in_backward == "on"):
+            raise BadOption(f"pull: {self.pull:g} needs master_weights fp32 and step_in_backward off")
         if self.start == "feedback" and self.method not in HELD:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:

@@ -42,6 +42,7 @@ from rcpconv.errors import BadOption
         ({"eval_every": 5}, r"eval_every: 5, but there is no eval_data"),
         ({"model": ""}, r"model: expected a folder"),
         ({"seq_len": 1}, r"seq_len: expected at least 2"),
+        ({"pull": 0.1, "master_weights": "bf16"}, r"pull: 0.1 needs master_weights fp32"),
         ({"seed": -1}, r"seed: expected at least 0"),
     ],
 )
