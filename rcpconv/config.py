@@ -49,7 +49,9 @@ DEFAULT_CORPUS = "default"
 SELF = "self"
 """As a text: sampled from the model itself."""
 
-RECIPES = ("demo", "paper")
+DEFAULT_RECIPE = "default"
+"""Name of the recipe that holds where no other is given, and under a file; never under `paper`, which is complete."""
+RECIPES = (DEFAULT_RECIPE, DEMO, "paper")
 """Bundled recipes, by name."""
 BUNDLED = resources.files("rcpconv") / "recipes"
 
@@ -245,7 +247,7 @@ class QuantizeConfig:
         above=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of the weights. Default: 2e-5 · (4096 / hidden_size)^1.5.",
+        help="Peak learning rate of the weights. Default: --lr-factor · 2e-5 · (4096 / hidden_size)^1.5.",
     )
     quantizer_lr: float | None = _option(
         None,
@@ -253,7 +255,7 @@ class QuantizeConfig:
         low=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of weight clips and partitions. Default: 10 times --lr.",
+        help="Peak learning rate of weight clips and partitions. Default: --quantizer-factor times --lr.",
     )
     clip_lr: float | None = _option(
         None,
@@ -261,7 +263,7 @@ class QuantizeConfig:
         low=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of the activation and KV clips. Default: 10 times --lr.",
+        help="Peak learning rate of the activation and KV clips. Default: --clip-factor times --lr.",
     )
     table_lr: float | None = _option(
         None,
@@ -270,6 +272,15 @@ class QuantizeConfig:
         optional=True,
         group=TRAINING,
         help="Peak learning rate of embedding and head. Default: --lr.",
+    )
+    lr_factor: float = _option(
+        1.0, type=float, above=0, group=TRAINING, help="Of the rate that follows from the model's size, without --lr."
+    )
+    quantizer_factor: float = _option(
+        10.0, type=float, low=0, group=TRAINING, help="--quantizer-lr in units of --lr, where it is not given."
+    )
+    clip_factor: float = _option(
+        10.0, type=float, low=0, group=TRAINING, help="--clip-lr in units of --lr, where it is not given."
     )
     lr_scale: str = _option(
         "absolute",
@@ -585,11 +596,14 @@ def read_recipe(recipe: Path | str) -> dict[str, Any]:
 def build_config(model: str | None, recipe: Path | str | None, given: Mapping[str, Any]) -> QuantizeConfig:
     """Merge settings: the command line's (`model`, `given`) beat the recipe's, which beat the defaults.
 
-    The demo model has defaults of its own (the recipe `demo`). recipe: as for read_recipe. Raises BadOption.
+    Defaults are the recipe `default`, and the fields' own where that says nothing or the recipe is a bundled one. The
+    demo model has some of its own (the recipe `demo`). recipe: as for read_recipe. Raises BadOption.
     """
-    settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
-    if (model or settings.get("model")) == DEMO:
-        settings = beating(read_recipe(DEMO), settings)
+    asked: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    settings = read_recipe(DEFAULT_RECIPE) if recipe is None or recipe not in RECIPES else {}
+    if (model or asked.get("model")) == DEMO:
+        settings = beating(settings, read_recipe(DEMO))
+    settings = beating(settings, asked)
     settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
 

@@ -316,12 +316,12 @@ def _one_table(config: QuantizeConfig, tied: bool) -> bool:
 
 
 def _with_rates(config: QuantizeConfig, architecture: Architecture) -> QuantizeConfig:
-    lr = config.lr or float(f"{2e-5 * (4096 / architecture.hidden_size) ** 1.5:.2g}")
-    tenfold = float(f"{10 * lr:.6g}")
-    return config.changed(
+    c = config
+    lr = c.lr or float(f"{c.lr_factor * 2e-5 * (4096 / architecture.hidden_size) ** 1.5:.2g}")
+    return c.changed(
         lr=lr,
-        quantizer_lr=tenfold if config.quantizer_lr is None else config.quantizer_lr,
-        clip_lr=tenfold if config.clip_lr is None else config.clip_lr,
+        quantizer_lr=float(f"{c.quantizer_factor * lr:.6g}") if c.quantizer_lr is None else c.quantizer_lr,
+        clip_lr=float(f"{c.clip_factor * lr:.6g}") if c.clip_lr is None else c.clip_lr,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rcpconv import config
 from rcpconv.config import (
     DATA,
     DEFAULTS,
@@ -149,8 +150,8 @@ def test_bundled_recipes_go_by_name_and_files_by_path(tmp_path: Path, monkeypatc
     Path("paper").write_text("a_bits = 8\n")
     assert read_recipe("paper")["a_bits"] == 4
     assert read_recipe(Path("paper"))["a_bits"] == read_recipe("./paper")["a_bits"] == 8
-    assert [build_config("m", name, {}).method for name in RECIPES] == ["ldp", "ldp"]
-    with pytest.raises(BadOption, match="papr: expected a TOML recipe, or demo or paper"):
+    assert [build_config("m", name, {}).method for name in RECIPES] == ["ldp"] * 3
+    with pytest.raises(BadOption, match="papr: expected a TOML recipe, or default or demo or paper"):
         build_config("m", "papr", {})
 
 
@@ -167,6 +168,29 @@ def test_the_papers_recipe_is_independent_of_the_defaults() -> None:
     assert (config.method, config.loss, config.a_bits, config.kv_bits) == ("ldp", "cakld", 4, 4)
     assert (config.r1, config.r2, config.r3, config.r4) == (True,) * 4
     assert (config.start, config.level_gradient, config.weight_range) == ("weights", "exact", "moving")
+
+
+def test_the_default_recipe_is_one_file_and_leaves_the_papers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key of it that paper.toml has not would be missing from the paper's recipe by accident."""
+    assert read_recipe("default").keys() <= read_recipe("paper").keys()
+    paper = build_config("m", "paper", {})
+    for name in ("default", "demo", "paper"):
+        (tmp_path / f"{name}.toml").write_text((config.BUNDLED / f"{name}.toml").read_text(encoding="utf-8"))
+    with (tmp_path / "default.toml").open("a") as file:
+        file.write('\nloss = "kl"\nlr_factor = 2.0\nquantizer_factor = 3.0\nweight_reach = 0.5\n')
+    monkeypatch.setattr(config, "BUNDLED", tmp_path)
+    mine = tmp_path / "mine.toml"
+    mine.write_text("weight_reach = 0.25\n")
+    assert build_config("m", "paper", {}) == paper
+    default = build_config("m", None, {})
+    assert (default.loss, default.lr_factor, default.weight_reach) == ("kl", 2.0, 0.5)
+    assert build_config("m", "default", {}) == default
+    for recipe in (mine, str(mine)):
+        assert build_config("m", recipe, {}) == default.changed(weight_reach=0.25)
+    assert build_config("m", None, {"loss": "mix"}) == default.changed(loss="mix")
+    assert build_config("demo", None, {}).weight_reach == 0.5
 
 
 def test_every_setting_is_described() -> None:
