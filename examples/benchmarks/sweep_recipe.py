@@ -312,12 +312,17 @@ def run_all(job: Job, processes: int) -> None:
         _prepare(job)
         work(job, claim)
         return
-    workers = [spawning.Process(target=work, args=(job, claim), daemon=True) for _ in range(processes)]
+    workers = [spawning.Process(target=work, args=(job, claim)) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    _prepare(job)
-    for worker in workers:
-        worker.join()
+    try:
+        _prepare(job)
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
     if any(worker.exitcode for worker in workers):
         raise click.ClickException("a process failed; what it had finished is in the results")
 

@@ -196,13 +196,3 @@ def test_the_default_recipe_is_one_file_and_leaves_the_papers_alone(
 def test_every_setting_is_described() -> None:
     for name, option in OPTIONS.items():
         assert option.help.endswith("."), name
-
-
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_recipes_of_the_sweeps_are_valid(name: str) -> None:
-    path = Path(__file__).parents[3] / "examples" / "benchmarks" / "recipes" / f"{name}.toml"
-    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    names = [given.pop("name") for given in recipe["set"]]
-    assert len(names) == len(set(names))
-    for given in recipe["set"]:
-        build_config("model", None, recipe["base"] | given)
