@@ -225,13 +225,20 @@ class QuantizeConfig:
         help="Tokens of a training sequence. Default: 2048, or the model's context where that is shorter.",
     )
 
+    step_sequences: int = _option(
+        8,
+        type=int,
+        low=1,
+        group=TRAINING,
+        help="Sequences of an optimizer step, where --batch-size or --grad-accum are not given.",
+    )
     batch_size: int | None = _option(
         None,
         type=int,
         low=1,
         optional=True,
         group=TRAINING,
-        help="Sequences in memory at a time. Default: as many of 8 a step as fit.",
+        help="Sequences in memory at a time. Default: as many of --step-sequences as fit.",
     )
     grad_accum: int | None = _option(
         None,
@@ -239,7 +246,7 @@ class QuantizeConfig:
         low=1,
         optional=True,
         group=TRAINING,
-        help="Batches added up for one optimizer step. Default: what makes it 8 sequences.",
+        help="Batches added up for one optimizer step. Default: what makes it --step-sequences.",
     )
     lr: float | None = _option(
         None,

@@ -30,8 +30,6 @@ from rcpformat.architecture import Architecture, Quantization
 
 DEFAULT_TOKENS = 20_000_000
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_SEQUENCES = 8
-"""Sequences of an optimizer step."""
 
 CPU_SECONDS = 2 * 3600
 """A training that takes longer on a CPU is refused."""
@@ -379,13 +377,13 @@ def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, st
 
 def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
     """Sizes and accumulations of batches, in two groups, larger ones first; each GPU has a share of every step."""
-    total = gpus * math.ceil(DEFAULT_SEQUENCES / gpus)
+    total = gpus * math.ceil(config.step_sequences / gpus)
     if config.batch_size is not None:
         sizes = [config.batch_size]
     elif config.grad_accum is not None:
         sizes = [max(1, total // config.grad_accum)]
     else:
-        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total]
+        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total and (gpus > 1 or total % size == 0)]
     pairs = [
         (size, config.grad_accum or (1 if config.step_in_backward == "on" else max(1, total // size))) for size in sizes
     ]
