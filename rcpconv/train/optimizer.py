@@ -156,4 +156,4 @@ def rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: st
 def set_rates(optimizer: torch.optim.Optimizer | LeanAdamW | Together, factor: float, frozen: bool = False) -> None:
     """Every group's learning rate = its peak times the factor; 0 for the weights when they are frozen."""
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if frozen and group[FREEZES] else group[PEAK] * factor
+        group["lr"] = 0.0 if frozen and group.get(FREEZES) else group[PEAK] * factor
