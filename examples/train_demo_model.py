@@ -8,6 +8,7 @@ The corpus is one UTF-8 text of public-domain books: a paragraph a line, books t
 
     python examples/train_demo_model.py train --corpus books-train.txt.xz --heldout books-heldout.txt --out model
     python examples/train_demo_model.py texts --corpus books-train.txt.xz --heldout books-heldout.txt --out demo
+    python examples/train_demo_model.py choosing --corpus books-train.txt.xz --out texts
 
 Knows nothing of quantization. Shape suffixes: N tokens in the corpus, B windows in a batch, T tokens in a window.
 """
@@ -389,6 +390,21 @@ def texts(corpus, heldout, out) -> None:
         text = BOOK_SEPARATOR.join(passage(books, title_line, size) for title_line, _ in passages) + "\n"
         (out / name).write_text(text, encoding="utf-8")
         click.echo(f"{name}: {len(text.encode()):,} bytes from {len(passages)} books")
+
+
+@main.command()
+@path_option("--corpus", help="Training text (.txt or .txt.xz).")
+@path_option("--out", help="Folder to write train.txt and validation.txt to.")
+def choosing(corpus, out) -> None:
+    """Cut texts to choose settings on: the middle of each training book, and of each validation book."""
+    all_books = split_books(read_text(corpus))
+    validation = all_books[::VALIDATION_EVERY]
+    training = [book for book in all_books if book not in validation]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, books, size in (("train.txt", training, 12_000), ("validation.txt", validation, 40_000)):
+        middles = [book[(len(book) - size) // 2 :][:size] for book in books if len(book) >= size]
+        (out / name).write_text(BOOK_SEPARATOR.join(middles) + "\n", encoding="utf-8")
+        click.echo(f"{name}: {size:,} characters from each of {len(middles)} books")
 
 
 @main.command(name="report")

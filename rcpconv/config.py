@@ -49,7 +49,9 @@ DEFAULT_CORPUS = "default"
 SELF = "self"
 """As a text: sampled from the model itself."""
 
-RECIPES = ("demo", "paper")
+DEFAULT_RECIPE = "default"
+"""Name of the recipe that holds where no other is given, and under a file; never under `paper`, which is complete."""
+RECIPES = (DEFAULT_RECIPE, DEMO, "paper")
 """Bundled recipes, by name."""
 BUNDLED = resources.files("rcpconv") / "recipes"
 
@@ -223,13 +225,20 @@ class QuantizeConfig:
         help="Tokens of a training sequence. Default: 2048, or the model's context where that is shorter.",
     )
 
+    step_sequences: int = _option(
+        8,
+        type=int,
+        low=1,
+        group=TRAINING,
+        help="Sequences of an optimizer step, where --batch-size or --grad-accum are not given.",
+    )
     batch_size: int | None = _option(
         None,
         type=int,
         low=1,
         optional=True,
         group=TRAINING,
-        help="Sequences in memory at a time. Default: as many of 8 a step as fit.",
+        help="Sequences in memory at a time. Default: as many of --step-sequences as fit.",
     )
     grad_accum: int | None = _option(
         None,
@@ -237,7 +246,7 @@ class QuantizeConfig:
         low=1,
         optional=True,
         group=TRAINING,
-        help="Batches added up for one optimizer step. Default: what makes it 8 sequences.",
+        help="Batches added up for one optimizer step. Default: what makes it --step-sequences.",
     )
     lr: float | None = _option(
         None,
@@ -245,7 +254,7 @@ class QuantizeConfig:
         above=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of the weights. Default: 2e-5 · (4096 / hidden_size)^1.5.",
+        help="Peak learning rate of the weights. Default: --lr-factor · 2e-5 · (4096 / hidden_size)^1.5.",
     )
     quantizer_lr: float | None = _option(
         None,
@@ -253,7 +262,7 @@ class QuantizeConfig:
         low=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of weight clips and partitions. Default: 10 times --lr.",
+        help="Peak learning rate of weight clips and partitions. Default: --quantizer-factor times --lr.",
     )
     clip_lr: float | None = _option(
         None,
@@ -261,7 +270,7 @@ class QuantizeConfig:
         low=0,
         optional=True,
         group=TRAINING,
-        help="Peak learning rate of the activation and KV clips. Default: 10 times --lr.",
+        help="Peak learning rate of the activation and KV clips. Default: --clip-factor times --lr.",
     )
     table_lr: float | None = _option(
         None,
@@ -270,6 +279,15 @@ class QuantizeConfig:
         optional=True,
         group=TRAINING,
         help="Peak learning rate of embedding and head. Default: --lr.",
+    )
+    lr_factor: float = _option(
+        1.0, type=float, above=0, group=TRAINING, help="Of the rate that follows from the model's size, without --lr."
+    )
+    quantizer_factor: float = _option(
+        10.0, type=float, low=0, group=TRAINING, help="--quantizer-lr in units of --lr, where it is not given."
+    )
+    clip_factor: float = _option(
+        10.0, type=float, low=0, group=TRAINING, help="--clip-lr in units of --lr, where it is not given."
     )
     lr_scale: str = _option(
         "absolute",
@@ -341,6 +359,32 @@ class QuantizeConfig:
         group=TRAINING,
         help="Share of --hidden-loss that is left at the end, after falling in a line.",
     )
+    activations_from: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=0.95,
+        group=TRAINING,
+        help="Share of the steps that pass before activations and KV cache are quantized: progressive bits.",
+    )
+    freeze: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of the steps, the last ones, in which the 2-bit layers' weights stay as they are, and levels, "
+        "clips and tables alone learn.",
+    )
+    pull: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=1,
+        group=TRAINING,
+        help="Share of the way to its level that each weight is moved after an update, at the end; grows from 0 in a "
+        "line, against oscillation.",
+    )
     weight_decay: float = _option(
         0.0, type=float, low=0, group=TRAINING, help="Decoupled weight decay; of weights only, never of quantizers."
     )
@@ -361,7 +405,10 @@ class QuantizeConfig:
         choices=LOSSES,
         group=TRAINING,
         help="kl: KL(teacher ‖ student). cakld: with KL(student ‖ teacher), by the teacher's confidence. "
-        "mix: half kl, half cross-entropy on the text.",
+        "mix: kl and cross-entropy on the text (--mix-share).",
+    )
+    mix_share: float = _option(
+        0.5, type=float, low=0, high=1, group=TRAINING, help="Cross-entropy's share of the loss mix."
     )
     temperature: float = _option(
         1.0, type=float, above=0, group=TRAINING, help="Softens both distributions of the KL terms."
@@ -472,6 +519,8 @@ class QuantizeConfig:
                 raise BadOption(f"{name}: {value} is for the optimizer adamw; found {self.optimizer}")
         if self.ema and self.master_weights == "bf16":
             raise BadOption(f"ema: {self.ema:g}, but a mean of bf16 weights would not move; use master_weights fp32")
+        if self.pull and (self.master_weights == "bf16" or self.step_in_backward == "on"):
+            raise BadOption(f"pull: {self.pull:g} needs master_weights fp32 and step_in_backward off")
         if self.start == "feedback" and self.method not in HELD:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:
@@ -554,11 +603,14 @@ def read_recipe(recipe: Path | str) -> dict[str, Any]:
 def build_config(model: str | None, recipe: Path | str | None, given: Mapping[str, Any]) -> QuantizeConfig:
     """Merge settings: the command line's (`model`, `given`) beat the recipe's, which beat the defaults.
 
-    The demo model has defaults of its own (the recipe `demo`). recipe: as for read_recipe. Raises BadOption.
+    Defaults are the recipe `default`, and the fields' own where that says nothing or the recipe is a bundled one. The
+    demo model has some of its own (the recipe `demo`). recipe: as for read_recipe. Raises BadOption.
     """
-    settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
-    if (model or settings.get("model")) == DEMO:
-        settings = beating(read_recipe(DEMO), settings)
+    asked: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    settings = read_recipe(DEFAULT_RECIPE) if recipe is None or recipe not in RECIPES else {}
+    if (model or asked.get("model")) == DEMO:
+        settings = beating(settings, read_recipe(DEMO))
+    settings = beating(settings, asked)
     settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
 

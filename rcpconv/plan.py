@@ -31,8 +31,6 @@ from rcpformat.architecture import Architecture, Quantization
 
 DEFAULT_TOKENS = 20_000_000
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_SEQUENCES = 8
-"""Sequences of an optimizer step."""
 
 CPU_SECONDS = 2 * 3600
 """A training that takes longer on a CPU is refused."""
@@ -322,12 +320,12 @@ def _one_table(config: QuantizeConfig, tied: bool) -> bool:
 
 
 def _with_rates(config: QuantizeConfig, architecture: Architecture) -> QuantizeConfig:
-    lr = config.lr or float(f"{2e-5 * (4096 / architecture.hidden_size) ** 1.5:.2g}")
-    tenfold = float(f"{10 * lr:.6g}")
-    return config.changed(
+    c = config
+    lr = c.lr or float(f"{c.lr_factor * 2e-5 * (4096 / architecture.hidden_size) ** 1.5:.2g}")
+    return c.changed(
         lr=lr,
-        quantizer_lr=tenfold if config.quantizer_lr is None else config.quantizer_lr,
-        clip_lr=tenfold if config.clip_lr is None else config.clip_lr,
+        quantizer_lr=float(f"{c.quantizer_factor * lr:.6g}") if c.quantizer_lr is None else c.quantizer_lr,
+        clip_lr=float(f"{c.clip_factor * lr:.6g}") if c.clip_lr is None else c.clip_lr,
     )
 
 
@@ -385,13 +383,13 @@ def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, st
 
 def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
     """Sizes and accumulations of batches, in two groups, larger ones first; each GPU has a share of every step."""
-    total = gpus * math.ceil(DEFAULT_SEQUENCES / gpus)
+    total = gpus * math.ceil(config.step_sequences / gpus)
     if config.batch_size is not None:
         sizes = [config.batch_size]
     elif config.grad_accum is not None:
         sizes = [max(1, total // config.grad_accum)]
     else:
-        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total]
+        sizes = [size for size in (8, 4, 2, 1) if size * gpus <= total and (gpus > 1 or total % size == 0)]
     pairs = [
         (size, config.grad_accum or (1 if config.step_in_backward == "on" else max(1, total // size))) for size in sizes
     ]

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from rcpconv.cli.options import FOLDER, Value
-from rcpconv.config import DEFAULTS, GROUPS, OPTIONS, RUN, Option
+from rcpconv.config import DEFAULT_RECIPE, DEFAULTS, GROUPS, OPTIONS, RUN, Option, read_recipe
 from rcpconv.errors import ProcessDied
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -26,27 +26,34 @@ class _GroupedHelp(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        defaults = DEFAULTS | read_recipe(DEFAULT_RECIPE)
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                option = OPTIONS.get(parameter.name or "")
+                name = parameter.name or ""
+                if option := OPTIONS.get(name):
+                    record = (record[0], record[1] + _default(option, defaults[name]))
                 groups[RUN if option is None else option.group].append(record)
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
 
 
+def _default(option: Option, value: Any) -> str:
+    """What help says of a default."""
+    if value in (None, ()):
+        return ""
+    if option.type is bool:
+        value = "yes" if value else "no"
+    return f" Default: {' '.join(map(str, value)) if option.many == 2 else value}."
+
+
 def _click_option(name: str, option: Option) -> Callable[[Any], Any]:
     spelled = name.replace("_", "-")
     if option.type is bool:
-        default = "yes" if DEFAULTS[name] else "no"
-        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=f"{option.help} Default: {default}.")
-    text, default = option.help, DEFAULTS[name]
-    if default not in (None, ()):
-        shown = " ".join(map(str, default)) if option.many == 2 else default
-        text += f" Default: {shown}."
+        return click.option(f"--{spelled}/--no-{spelled}", default=None, help=option.help)
     many = {0: {"multiple": True}, 1: {}}.get(option.many, {"nargs": option.many})
-    return click.option(f"--{spelled}", type=Value(name, option), help=text, **many)
+    return click.option(f"--{spelled}", type=Value(name, option), help=option.help, **many)
 
 
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +70,8 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="TOML file with any of these settings, or a bundled one: paper (RCP after its paper, reconstructed) or demo. "
-    "Options beat it.",
+    help="TOML file with any of these settings, or a bundled one: paper (RCP after its paper, reconstructed), demo or "
+    "default. Options beat it, and a file beats the default recipe.",
 )
 @click.option(
     "--resume",

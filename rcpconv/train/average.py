@@ -1,4 +1,7 @@
-"""A running mean of parameters, which is less noisy than the last ones. Knows nothing of what they are for."""
+"""Against noise in the parameters: a running mean of them, and weights pulled to their levels.
+
+Knows nothing of losses or schedules.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from rcpconv.layers import QuantLinear
 
 
 class RunningMean:
@@ -44,3 +49,13 @@ class RunningMean:
             yield
         finally:
             self.exchange()
+
+
+@torch.no_grad()
+def pull_to_levels(linear: QuantLinear, share: float) -> None:
+    """Move every weight by this share of its way to the level that it takes, as oscillation damping does.
+
+    After Nagel et al., arXiv 2203.11086, decoupled from the loss as weight decay is.
+    """
+    integers_NK, scale_N = linear.quantizer(linear.weight)
+    linear.weight.lerp_(integers_NK * scale_N[:, None], share)

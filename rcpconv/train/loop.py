@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from rcpconv import distributed
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import NotSaved, TrainingDiverged
+from rcpconv.errors import BadOption, NotSaved, TrainingDiverged
+from rcpconv.layers import LearnedClip, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.prepare import rotation_signs
 from rcpconv.runs import METRICS, PLOT, Run
+from rcpconv.scheme import UNQUANTIZED
 from rcpconv.train import checkpoints
-from rcpconv.train.average import RunningMean
+from rcpconv.train.average import RunningMean, pull_to_levels
 from rcpconv.train.compiling import compile_layers
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
 from rcpconv.train.memory import StepInBackward, narrow_weights
@@ -116,6 +118,10 @@ class Trainer:
         if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
             learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
             self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
+        if config.pull and distributed.processes() > 1:
+            raise BadOption(f"pull: {config.pull:g} is for a training in one process")
+        self.bits = {m: m.bits for m in student.modules() if isinstance(m, LearnedClip)}
+        self.linears = [m for m in student.modules() if isinstance(m, QuantLinear)]
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         if checkpoint is not None:
             self._load(checkpoint)
@@ -171,7 +177,9 @@ class Trainer:
         if c.loss == "cakld" and counters.beta is None:
             batches = (self._tokens(i * self.batch, self.batch) for i in range(CONFIDENCE_BATCHES))
             counters.beta = teacher_confidence(self.teacher, batches)
-        loss: Loss = Distillation(kind=c.loss, temperature=c.temperature, beta=counters.beta or 0.0)
+        loss: Loss = Distillation(
+            kind=c.loss, temperature=c.temperature, beta=counters.beta or 0.0, mix_share=c.mix_share
+        )
         return torch.compile(loss) if c.compile == "on" else loss
 
     def train(self) -> None:
@@ -215,6 +223,7 @@ class Trainer:
                 self._plot()
             raise
         finally:
+            self._quantize_activations(True)
             metrics.close()
         self._plot()
         if self.mean is not None:
@@ -223,7 +232,9 @@ class Trainer:
     def _update(self, loss: Loss) -> None:
         counters = self.counters
         c = self.config
-        set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule))
+        frozen = counters.step >= (1 - c.freeze) * self.steps
+        set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule), frozen)
+        self._quantize_activations(counters.step >= math.floor(c.activations_from * self.steps))
         totals = torch.zeros(2, device=self.device)
         if self.stepping is not None:
             self.stepping.previous = counters.norm
@@ -244,10 +255,18 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         counters.step += 1
+        if c.pull and not frozen:
+            for linear in self.linears:
+                pull_to_levels(linear, c.pull * counters.step / self.steps)
         counters.norm = figures[-1]
         if self.mean is not None:
             self.mean.add(counters.step)
         counters.unlogged.append(figures)
+
+    def _quantize_activations(self, on: bool) -> None:
+        """Whether activations and KV cache are quantized, or pass as they are."""
+        for module, bits in self.bits.items():
+            module.bits = bits if on else UNQUANTIZED
 
     def _line(self, rate: Rate) -> dict[str, Any]:
         """A line of metrics.jsonl: means over the updates since the last one."""

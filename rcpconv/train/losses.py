@@ -31,11 +31,12 @@ LOW_MEMORY_SHARE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Which loss. beta: CAKLD's weight of KL(S ‖ T), in 0..1."""
+    """Which loss. beta: CAKLD's weight of KL(S ‖ T); mix_share: the cross-entropy's weight in "mix"; in 0..1."""
 
     kind: str
     temperature: float = 1.0
     beta: float = 0.5
+    mix_share: float = 0.5
 
     def __call__(self, student_MV: Tensor, teacher_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL(T ‖ S), gradient (M, V) of the loss by the student's logits); the first two summed over tokens.
@@ -58,7 +59,7 @@ class Distillation:
             return kl, kl, gradient
         assert self.kind == "mix", self.kind
         cross, cross_gradient = cross_entropy(student_MV, target_M)
-        return (kl + cross) / 2, kl, (gradient + cross_gradient) / 2
+        return torch.lerp(kl, cross, self.mix_share), kl, torch.lerp(gradient, cross_gradient, self.mix_share)
 
 
 def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from rcpconv.train.memory import LeanAdamW
 
 PEAK = "peak_lr"
 """Key of a parameter group: its learning rate before the schedule."""
+FREEZES = "freezes"
+"""Key of a parameter group: whether it is of weights that are quantized to 2 bits."""
 _TABLES = ("embed.", "head.")
 _MUON_MOMENTUM = 0.95
 
@@ -114,19 +116,19 @@ def make_state(optimizer: torch.optim.Optimizer | LeanAdamW | Together) -> None:
         group["lr"] = rate
 
 
-def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> _Group:
-    return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decay}
+def _group(parameters: list[nn.Parameter], rate: float, decay: float, *, freezes: bool = False) -> _Group:
+    return {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decay, FREEZES: freezes}
 
 
 def _weight_groups(weights: list[nn.Parameter], config: QuantizeConfig) -> list[_Group]:
     """One group, or one a matrix when rates depend on their sizes."""
     assert config.lr is not None
     if config.lr_scale == "absolute":
-        return [_group(weights, config.lr, config.weight_decay)]
+        return [_group(weights, config.lr, config.weight_decay, freezes=True)]
     squares = [float(w.detach().double().square().mean()) for w in weights]
     total = sum(s * w.numel() for s, w in zip(squares, weights, strict=True)) / sum(w.numel() for w in weights)
     return [
-        _group([w], config.lr * math.sqrt(s / total), config.weight_decay)
+        _group([w], config.lr * math.sqrt(s / total), config.weight_decay, freezes=True)
         for s, w in zip(squares, weights, strict=True)
     ]
 
@@ -151,7 +153,7 @@ def rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: st
     return floor + (1 - floor) * share
 
 
-def set_rates(optimizer: torch.optim.Optimizer | LeanAdamW | Together, factor: float) -> None:
-    """Every group's learning rate = its peak times the factor."""
+def set_rates(optimizer: torch.optim.Optimizer | LeanAdamW | Together, factor: float, frozen: bool = False) -> None:
+    """Every group's learning rate = its peak times the factor; 0 for the weights when they are frozen."""
     for group in optimizer.param_groups:
-        group["lr"] = group[PEAK] * factor
+        group["lr"] = 0.0 if frozen and group.get(FREEZES) else group[PEAK] * factor

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rcpconv import config
 from rcpconv.config import (
     DATA,
     DEFAULTS,
@@ -42,6 +43,7 @@ from rcpconv.errors import BadOption
         ({"eval_every": 5}, r"eval_every: 5, but there is no eval_data"),
         ({"model": ""}, r"model: expected a folder"),
         ({"seq_len": 1}, r"seq_len: expected at least 2"),
+        ({"pull": 0.1, "master_weights": "bf16"}, r"pull: 0.1 needs master_weights fp32"),
         ({"seed": -1}, r"seed: expected at least 0"),
     ],
 )
@@ -148,8 +150,8 @@ def test_bundled_recipes_go_by_name_and_files_by_path(tmp_path: Path, monkeypatc
     Path("paper").write_text("a_bits = 8\n")
     assert read_recipe("paper")["a_bits"] == 4
     assert read_recipe(Path("paper"))["a_bits"] == read_recipe("./paper")["a_bits"] == 8
-    assert [build_config("m", name, {}).method for name in RECIPES] == ["ldp", "ldp"]
-    with pytest.raises(BadOption, match="papr: expected a TOML recipe, or demo or paper"):
+    assert [build_config("m", name, {}).method for name in RECIPES] == ["ldp"] * 3
+    with pytest.raises(BadOption, match="papr: expected a TOML recipe, or default or demo or paper"):
         build_config("m", "papr", {})
 
 
@@ -168,16 +170,28 @@ def test_the_papers_recipe_is_independent_of_the_defaults() -> None:
     assert (config.start, config.level_gradient, config.weight_range) == ("weights", "exact", "moving")
 
 
+def test_the_default_recipe_is_one_file_and_leaves_the_papers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not read_recipe("default").keys() & {"model", "lr", "batch_size", "grad_accum", "seq_len", "tokens"}
+    paper = build_config("m", "paper", {})
+    for name in ("default", "demo", "paper"):
+        (tmp_path / f"{name}.toml").write_text((config.BUNDLED / f"{name}.toml").read_text(encoding="utf-8"))
+    with (tmp_path / "default.toml").open("a") as file:
+        file.write('\nloss = "kl"\nlr_factor = 2.0\nquantizer_factor = 3.0\nweight_reach = 0.5\nself_share = 0.3\n')
+    monkeypatch.setattr(config, "BUNDLED", tmp_path)
+    mine = tmp_path / "mine.toml"
+    mine.write_text("weight_reach = 0.25\n")
+    assert build_config("m", "paper", {}) == paper
+    default = build_config("m", None, {})
+    assert (default.loss, default.lr_factor, default.weight_reach) == ("kl", 2.0, 0.5)
+    assert build_config("m", "default", {}) == default
+    for recipe in (mine, str(mine)):
+        assert build_config("m", recipe, {}) == default.changed(weight_reach=0.25)
+    assert build_config("m", None, {"loss": "mix"}) == default.changed(loss="mix")
+    assert build_config("demo", None, {}).weight_reach == 0.5
+
+
 def test_every_setting_is_described() -> None:
     for name, option in OPTIONS.items():
         assert option.help.endswith("."), name
-
-
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_recipes_of_the_sweeps_are_valid(name: str) -> None:
-    path = Path(__file__).parents[3] / "examples" / "benchmarks" / "recipes" / f"{name}.toml"
-    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    names = [given.pop("name") for given in recipe["set"]]
-    assert len(names) == len(set(names))
-    for given in recipe["set"]:
-        build_config("model", None, recipe["base"] | given)

@@ -44,6 +44,17 @@ def test_losses_and_their_gradients(kind: str, temperature: float) -> None:
     assert student.grad is not None and torch.allclose(gradient, student.grad, atol=1e-10)
 
 
+def test_cross_entropy_has_its_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 9, generator=generator)
+    target = torch.tensor([0, 8, 4, UNKNOWN])
+    kl, _, kl_gradient = Distillation(kind="kl")(student, teacher, target)
+    cross, cross_gradient = losses.cross_entropy(student, target)
+    loss, _, gradient = Distillation(kind="mix", mix_share=0.1)(student, teacher, target)
+    torch.testing.assert_close(loss, 0.9 * kl + 0.1 * cross)
+    torch.testing.assert_close(gradient, 0.9 * kl_gradient + 0.1 * cross_gradient)
+
+
 def test_equal_distributions_have_no_loss_and_no_gradient() -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     for kind in ("kl", "cakld"):

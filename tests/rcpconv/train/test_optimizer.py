@@ -7,7 +7,7 @@ import torch
 
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
-from rcpconv.layers import ComputeOptions
+from rcpconv.layers import ComputeOptions, QuantLinear
 from rcpconv.prepare import prepare, student_decoder
 from rcpconv.train.optimizer import make_optimizer, rate_factor, set_rates
 from rcpformat.architecture import Quantization
@@ -51,6 +51,17 @@ def test_every_parameter_has_its_rate_and_only_weights_decay(tmp_path: Path) -> 
     for part in ("attn.input_quantizer", "mlp.down_quantizer", "attn.key_quantizer"):
         assert found[f"{layer}{part}.clip_logit"] == (1.5, 0.0)
     assert found[layer + "attn.q.bias"] == found[layer + "attn.q_norm"] == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "relative"])
+def test_frozen_weights_are_those_of_2_bit_layers(tmp_path: Path, scale: str) -> None:
+    make_tiny_checkpoint("llama1", tmp_path)
+    student = student_decoder(prepare(load_source(str(tmp_path))), Quantization(method="ldp"), ComputeOptions())
+    rates = {"lr": 1.0, "quantizer_lr": 2.0, "clip_lr": 3.0, "lr_scale": scale}
+    optimizer = make_optimizer(student, QuantizeConfig(model="m", **rates))
+    set_rates(optimizer, 0.5, frozen=True)
+    stay = {id(p) for group in optimizer.param_groups for p in group["params"] if not group["lr"]}
+    assert stay == {id(m.weight) for m in student.modules() if isinstance(m, QuantLinear)}
 
 
 def test_rates_in_proportion_to_weights_tables_apart_and_muon(tmp_path: Path) -> None:

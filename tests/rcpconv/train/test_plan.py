@@ -51,6 +51,20 @@ def test_the_papers_recipe_has_these_rates() -> None:
         assert (config.lr, config.quantizer_lr, config.clip_lr, config.table_lr) == (*rates, None)
 
 
+def test_a_step_has_as_many_sequences_as_are_asked_for() -> None:
+    for sequences in (1, 4, 12, 16):
+        config = plan(DEMO, CPU, tied=True, model="demo", steps=5, step_sequences=sequences).config
+        assert config.batch_size * config.grad_accum == sequences
+
+
+def test_rates_are_in_proportion_to_the_models_or_to_the_weights_rate() -> None:
+    factors = {"lr_factor": 2.0, "quantizer_factor": 5.0, "clip_factor": 0.5}
+    config = plan(LLAMA_2_7B, H200, **factors).config
+    assert (config.lr, config.quantizer_lr, config.clip_lr) == (4e-5, 2e-4, 2e-5)
+    config = plan(LLAMA_2_7B, H200, **factors, lr=1e-3, clip_lr=0.1).config
+    assert (config.lr, config.quantizer_lr, config.clip_lr) == (1e-3, 5e-3, 0.1)
+
+
 def test_a_decided_plan_decides_the_same_again() -> None:
     """As a resumed run does, from its saved recipe."""
     first = plan(LLAMA_2_7B, H200)
@@ -349,7 +363,8 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "optimizer": "muon", "schedule": "linear", "ema": 0.9, "start": "data", "a_clip": 0.8, "weight_reach": 0.5,
         "weight_range": "fixed", "level_gradient": "residual", "hidden_loss": 0.7, "hidden_end": 0.1,
         "step_in_backward": "off", "optimizer_states": "fp32", "teacher_weights": "int8", "master_weights": "fp32",
-        "checkpoint_contents": "weights",
+        "checkpoint_contents": "weights", "step_sequences": 4, "lr_factor": 2.0, "quantizer_factor": 5.0,
+        "clip_factor": 3.0, "activations_from": 0.1, "freeze": 0.2, "pull": 0.01, "mix_share": 0.25,
     }  # fmt: skip
     arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4", "--low-memory"]
     for name, value in values.items():

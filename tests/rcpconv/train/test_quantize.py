@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
@@ -30,7 +31,8 @@ from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, quantize
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
-from rcpconv.train.loop import Interrupted
+from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.progress import read_metrics
 from rcpformat import spec
 from tiny_checkpoints import make_tiny_checkpoint
 from tiny_trainings import (
@@ -89,6 +91,10 @@ TRAINED_OTHERWISE = {
     "streams": {"hidden_loss": 1.0, "hidden_end": 0.0},
     "data": {"start": "data", "a_clip": 0.75},
     "feedback": {"start": "feedback", "weight_range": "fixed"},
+    "mix": {"loss": "mix", "mix_share": 0.1},
+    "late activations": {"activations_from": 0.5},
+    "frozen": {"freeze": 0.25},
+    "pulled": {"pull": 0.05, "weight_reach": 100.0},
 }
 
 
@@ -100,6 +106,49 @@ def test_every_way_to_train_lowers_the_divergence_and_stays_exact(
     lines = metrics(run.folder)
     assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
     assert export(run, tmp_path / "model.rcp").nbytes > 0  # compares the file's weights with the trained ones
+
+
+def test_frozen_weights_stay_while_levels_learn_and_pulled_ones_end_nearer_to_their_levels(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor, float]] = []
+    update = Trainer._update
+
+    def watch(trainer: Trainer, loss: Any) -> None:
+        update(trainer, loss)
+        linear = trainer.linears[0]
+        integers, scale = linear.quantizer(linear.weight)
+        distance = (linear.weight - integers * scale[:, None]).norm()
+        seen.append((linear.weight.detach().clone(), linear.quantizer.beta.detach().clone(), float(distance.detach())))
+
+    monkeypatch.setattr(Trainer, "_update", watch)
+    train(checkpoint, text, tmp_path / "free")
+    free = seen[:]
+    seen.clear()
+    train(checkpoint, text, tmp_path / "pulled", pull=0.2)
+    assert seen[-1][2] < 0.9 * free[-1][2]
+    seen.clear()
+    train(checkpoint, text, tmp_path / "frozen", freeze=0.25)
+    last = round(0.75 * STEPS) - 1  # the last update of the weights
+    assert torch.equal(seen[last][0], free[last][0])
+    assert not torch.equal(seen[last][0], seen[last - 1][0]) and torch.equal(seen[last][0], seen[-1][0])
+    assert not torch.equal(seen[last][1], seen[-1][1])
+
+
+def test_activations_are_quantized_late_and_always_in_the_end(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits: list[set[int]] = []
+    update = Trainer._update
+
+    def watch(trainer: Trainer, loss: Any) -> None:
+        update(trainer, loss)
+        bits.append({module.bits for module in trainer.bits})
+
+    monkeypatch.setattr(Trainer, "_update", watch)
+    run = train(checkpoint, text, tmp_path / "run", activations_from=0.5)
+    assert bits == [{16}] * (STEPS // 2) + [{4}] * (STEPS - STEPS // 2)
+    assert run.quantization.a_bits == 4
 
 
 def test_a_mean_and_two_optimizers_are_resumed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
