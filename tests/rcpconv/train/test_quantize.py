@@ -32,7 +32,6 @@ from rcpconv.quantize import NEWEST, quantize
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.progress import read_metrics
 from rcpformat import spec
 from tiny_checkpoints import make_tiny_checkpoint
 from tiny_trainings import (
