@@ -11,6 +11,11 @@ from tests.rcprun.cuda.test_linear import pack, padded_codes, poisoned, random_l
 pytestmark = pytest.mark.gpu
 
 
+def product(gemm: Any, packed: Any, codes: Any, scale: Any, out: Any, epilogue: int) -> None:
+    gemm.multiply(packed, codes)
+    gemm.rescale(packed, 0, scale, out, epilogue=epilogue)
+
+
 @pytest.mark.parametrize("group", [128, 64])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (40, 300), (5, 4), (1002, 1408), (333, 173)])
 def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
@@ -32,7 +37,7 @@ def test_many_tokens_are_exact(n: int, k: int, group: int) -> None:
             (STORE, poisoned((m, n)), expected),
             (ADD, cupy.asarray(before), before + expected),
         ):
-            gemm(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=epilogue)
+            product(gemm, packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue)
             assert np.array_equal(out.get(), wanted), f"m {m}: {worst(out.get(), wanted)}"
 
 
@@ -49,7 +54,7 @@ def test_sums_are_rescaled_in_parts(interleave: bool) -> None:
     codes = padded_codes(rng.integers(-8, 8, (27, 192), dtype=np.int8))
     scale = cupy.asarray(rng.uniform(0.01, 0.1, 27).astype(np.float32))
     whole, parts, gemm = poisoned((27, 300)), poisoned((27, 300)), Gemm([packed], 30)
-    gemm(packed, codes, scale, whole, epilogue=epilogue)
+    product(gemm, packed, codes, scale, whole, epilogue)
     gemm.multiply(packed, codes)
     for first in range(0, 27, 10):
         part = slice(first, min(first + 10, 27))
@@ -70,7 +75,7 @@ def test_gate_and_up(n: int) -> None:
     packed = pack(gate, up, interleave=True)
     codes, scale = rng.integers(-8, 8, (50, 192), dtype=np.int8), rng.uniform(0.01, 0.1, (50, 1)).astype(np.float32)
     out = poisoned((50, n))
-    Gemm([packed], 50)(packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, epilogue=SWIGLU)
+    product(Gemm([packed], 50), packed, padded_codes(codes), cupy.asarray(scale[:, 0]), out, SWIGLU)
     expected = arithmetic.silu(reference(gate, codes, scale)) * reference(up, codes, scale)
     assert np.allclose(out.get(), expected, rtol=1e-6, atol=1e-30), worst(out.get(), expected)
 
@@ -97,7 +102,7 @@ def test_sums_are_added_and_normalized(n: int, bits: int) -> None:
     before = rng.normal(size=(m, n)).astype(np.float32)
     how = {"eps": np.float32(1e-5), "clip": np.float32(0.9), "bits": bits}
     apart, together = cupy.asarray(before), cupy.asarray(before)
-    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), apart, epilogue=ADD)
+    product(Gemm([packed], m), packed, padded_codes(codes), cupy.asarray(x_scale), apart, ADD)
     found, expected = ((cupy.zeros((m, -(-n // 128) * 128), np.int8), cupy.asarray(x_scale)) for _ in range(2))
     norm_quantize(apart, *expected, **how)
     add_norm_quantize(sums_of(packed, codes, m), packed.scale_R, packed.bias_R, together, *found, **how)
@@ -120,7 +125,7 @@ def test_sums_of_gate_and_up_are_rotated(n: int) -> None:
     codes, x_scale = rng.integers(-8, 8, (m, 192), dtype=np.int8), rng.uniform(0.01, 0.1, m).astype(np.float32)
     x_scale[:4] = 1e-20, 1e-10, 1e7, 0  # peaks from below 2^-100 to above 2^50, which terms have to be brought to
     z, transform = poisoned((m, n)), Transform(n)
-    Gemm([packed], m)(packed, padded_codes(codes), cupy.asarray(x_scale), z, epilogue=SWIGLU)
+    product(Gemm([packed], m), packed, padded_codes(codes), cupy.asarray(x_scale), z, SWIGLU)
     found, expected = ((cupy.full((m, -(-n // 128) * 128), 77, np.int8), cupy.asarray(x_scale)) for _ in range(2))
     workspace = cupy.empty((m, n), np.float32)
     how = {"clip": np.float32(0.9), "bits": 4}

@@ -18,7 +18,9 @@ _STRIP_BYTES = 24 << 20
 """Of wide intermediate results, which are made and used up a strip of tokens at a time: so much stays in the GPU's
 cache."""
 _ROUND_STRIP = 64
-_OF_A_STRIP = "qkv", "z", "z_rotated"
+_OF_A_STRIP = "z", "z_rotated"
+_OF_FEW = frozenset({"qkv"})
+"""What only passes of few tokens write."""
 
 
 class Buffers:
@@ -29,7 +31,7 @@ class Buffers:
         rows = _float_rows(a, tokens)
         self.strip = rows["z"]
         """Tokens of a strip."""
-        widths = _float_widths(a)
+        widths = _float_widths(a, tokens)
         self._floats = {name: cupy.empty((rows[name], width), np.float32) for name, width in widths.items()}
         self._codes = {width: cupy.zeros((tokens, linear.padded(width)), np.int8) for width in _code_widths(a)}
         self.head_codes = cupy.zeros((tokens, spec.ceil_div(a.hidden_size, 128) * 128), np.int8)
@@ -44,7 +46,7 @@ class Buffers:
         a = architecture
         codes = sum(map(linear.padded, _code_widths(a))) + spec.ceil_div(a.hidden_size, 128) * 128
         rows = _float_rows(a, tokens)
-        floats = sum(rows[name] * width for name, width in _float_widths(a).items())
+        floats = sum(rows[name] * width for name, width in _float_widths(a, tokens).items())
         return 4 * floats + tokens * (codes + 16)
 
     def floats(self, name: str, count: int) -> Any:
@@ -58,15 +60,14 @@ class Buffers:
 
 def _float_rows(a: Architecture, tokens: int) -> dict[str, int]:
     """Of the buffers between kernels that hold floats: wide ones hold a strip."""
-    widest = max((a.num_heads + 2 * a.num_kv_heads) * a.head_dim, a.intermediate_size)
-    strip = max(1, _STRIP_BYTES // (4 * widest * _ROUND_STRIP)) * _ROUND_STRIP
-    return {name: min(tokens, strip) if name in _OF_A_STRIP else tokens for name in _float_widths(a)}
+    strip = max(1, _STRIP_BYTES // (4 * a.intermediate_size * _ROUND_STRIP)) * _ROUND_STRIP
+    return {name: min(tokens, strip) if name in _OF_A_STRIP else tokens for name in _float_widths(a, tokens)}
 
 
-def _float_widths(a: Architecture) -> dict[str, int]:
+def _float_widths(a: Architecture, tokens: int) -> dict[str, int]:
     """Of the buffers between kernels that hold floats."""
     heads = a.num_heads * a.head_dim
-    return {
+    widths = {
         "x": a.hidden_size,
         "h": a.hidden_size,
         "unrotated": a.hidden_size,
@@ -76,6 +77,7 @@ def _float_widths(a: Architecture) -> dict[str, int]:
         "z": a.intermediate_size,
         "z_rotated": a.intermediate_size,
     }
+    return {name: width for name, width in widths.items() if tokens <= linear.MAX_TOKENS or name not in _OF_FEW}
 
 
 def _code_widths(a: Architecture) -> set[int]:

@@ -34,12 +34,6 @@ class Gemm:
         """Bytes held."""
         return int(self._integers.nbytes + self._sums.nbytes)
 
-    def __call__(self, weights: UnitLinear, codes_MK: Any, scale_M: Any, out: Any, *, epilogue: int) -> None:
-        """out (m, n) float32 of codes int8 (m, padded(k)) and their scales (m,); epilogues as in linear."""
-        check(out, "out", np.float32, (len(codes_MK), weights.n))
-        self.multiply(weights, codes_MK)
-        self.rescale(weights, 0, scale_M, out, epilogue=epilogue)
-
     def multiply(self, weights: UnitLinear, codes_MK: Any) -> Any:
         """Integer sums (m, rows of tiles) of codes (m, padded(k)); they stay until the next product."""
         m, (rows, columns) = len(codes_MK), _shape(weights)
