@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rcpformat.spec import ceil_div
 from rcprun.backends.cuda.kvcache import KVCache, vector_bytes
-from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel, multiprocessors
+from rcprun.backends.cuda.launch import NO_HOPPER, check, has_hopper, kernel, multiprocessors
 from rcprun.backends.cuda.rope import Rope
 
 MAX_HEAD_DIM = 512
@@ -43,7 +43,7 @@ class Decode:
     def __init__(self, cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> None:
         """hopper: False for the way of older GPUs, which they take by themselves."""
         self._cache, self._heads, self._rows = cache, heads, rows
-        self._hopper, self._clusters = hopper, hopper and _has_clusters()
+        self._hopper, self._clusters = hopper, hopper and has_hopper()
         parts, arrived = _workspace(cache, heads, rows, self._clusters)
         self._partial = cupy.full((parts, _PART_BYTES // 4), _EMPTY, dtype=np.uint32)
         self._arrived = cupy.zeros(arrived, dtype=np.uint32)
@@ -141,7 +141,7 @@ class Decode:
 
 def decode_workspace_bytes(cache: KVCache, heads: int, rows: int, *, hopper: bool = True) -> int:
     """What a Decode would hold, without allocating it."""
-    parts, arrived = _workspace(cache, heads, rows, hopper and _has_clusters())
+    parts, arrived = _workspace(cache, heads, rows, hopper and has_hopper())
     return _PART_BYTES * parts + 4 * arrived
 
 
@@ -170,10 +170,6 @@ def _padded(cache: KVCache) -> int:
 def _head_groups(cache: KVCache, heads: int) -> int:
     assert cache.head_dim <= MAX_HEAD_DIM and heads % cache.kv_heads == 0
     return cache.kv_heads * ceil_div(heads // cache.kv_heads, _COLUMNS)
-
-
-def _has_clusters() -> bool:
-    return int(cupy.cuda.Device().compute_capability) >= 90
 
 
 def _blocks(cache: KVCache, groups: int, clusters: bool) -> tuple[int, int]:

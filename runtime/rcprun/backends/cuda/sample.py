@@ -15,7 +15,7 @@ from typing import Self
 import cupy
 import numpy as np
 
-from rcprun.backends.cuda.launch import NO_HOPPER, check, kernel
+from rcprun.backends.cuda.launch import NO_HOPPER, check, has_hopper, kernel
 from rcprun.sampling import REPEAT_WINDOW, SamplingOptions
 
 FEW = 128
@@ -120,7 +120,7 @@ def sample(
     shared = 0 if greedy else 16 * _THREADS * quads
     if greedy or (few and shared + _STATIC_BYTES <= int(device.attributes["MaxSharedMemoryPerBlockOptin"])):
         blocks = -(-vocabulary // (4 * _THREADS * quads))
-        cluster = blocks if hopper and int(device.compute_capability) >= 90 else 1
+        cluster = blocks if hopper and has_hopper() else 1
         defines = (("RCP_FIELDS", _FIELDS), ("RCP_QUADS", quads), *(() if hopper else ((NO_HOPPER, 1),)))
         kernel("sample", "sample_greedy" if greedy else "sample_few", defines).launch(
             (blocks, rows, 1), _THREADS, arguments, shared=shared, cluster=cluster, overlap=True

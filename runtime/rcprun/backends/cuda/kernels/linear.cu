@@ -1,6 +1,6 @@
 // A 2-bit linear layer for 1 to 8 tokens (SPEC.md, "Linear"), with what comes before and after it.
 //
-//   unit_TU     u8  [tiles][UNITS][UNIT_BYTES]   weights as repack.cu leaves them: 16 rows x 128 columns a unit
+//   unit_TU     u8  [tiles][UNITS][UNIT_BYTES]   weights as repack.cu leaves them (units.cuh)
 //   scale_R     f32 [tiles * 16]                 row scales, in the order of the tiles' rows; 0 in rows that are padding
 //   bias_R      f32 [tiles * 16] or null
 //   x           f32 [m][k], or i8 codes [m][units * 128] with zeros from k on (PROLOGUE 0)
@@ -8,8 +8,8 @@
 //   out         f32 [m][columns]                 columns: rows of the layer, or half of them (EPILOGUE 2)
 //   PROLOGUE 0: x is codes.  1: x is normalized (RMSNorm, eps) and quantized (clip, A_BITS).  2: x is quantized.
 //   EPILOGUE 0: out = y.  1: out += y.  2: of each tile, rows 0-7 are gate and rows 8-15 up: out = silu(gate) * up.
-//   Limits: 1 <= m <= TOKENS (1 or 8); PROLOGUE 0 for 8 tokens; CHANNELS a multiple of 4, else loads are slower; int32 sums, so
-//   CHANNELS < 2^31 / 127^2.
+//   Limits: 1 <= m <= TOKENS (1 or 8); PROLOGUE 0 for 8 tokens; CHANNELS a multiple of 4, else loads are slower; int32 sums,
+//   so CHANNELS < 2^31 / 127^2.
 //
 // Every block owns whole tiles, all columns of them, so that sums never leave it. The tiles' units are one contiguous
 // stream, cut evenly among the warps (units.cuh), which begins to flow through shared memory (stream.cuh) before the block

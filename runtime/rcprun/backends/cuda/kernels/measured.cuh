@@ -67,14 +67,11 @@ struct Measured {
         if (PROLOGUE == 1) norm = __frcp_rn(__fsqrt_rn(__fadd_rn(mean(sum), eps)));
         token = token_scale(__fmul_rn(__uint_as_float(peak), norm), clip, A_BITS);  // rounding keeps the order: the peak stays it
     }
-    // The code of a column in the lowest bits of a word, others are set too; see Coder in common.cuh for why it is right.
-    __device__ __forceinline__ u32 code(float x) const {
-        constexpr float LARGEST = (1 << (A_BITS - 1)) - 1;
-        const float scaled = __fmul_rn(PROLOGUE == 1 ? __fmul_rn(x, norm) : x, token.inverse);
-        return __float_as_uint(fminf(fmaxf(scaled, -LARGEST - 1.0f), LARGEST) + 12582912.0f);
-    }
-    // Of four neighbours, as bytes.
+    // The codes of four neighbours, as bytes.
     __device__ __forceinline__ u32 four_codes(float4 v) const {
-        return __byte_perm(__byte_perm(code(v.x), code(v.y), 0x0040), __byte_perm(code(v.z), code(v.w), 0x0040), 0x5410);
+        const Coder coder(token, A_BITS);
+        if (PROLOGUE != 1) return coder.four(&v.x);
+        const float y[4] = {__fmul_rn(v.x, norm), __fmul_rn(v.y, norm), __fmul_rn(v.z, norm), __fmul_rn(v.w, norm)};
+        return coder.four(y);
     }
 };
