@@ -2,6 +2,8 @@
 
     python examples/benchmarks/sweep_recipe.py MODEL TRAIN_TEXT SETS OUT [--eval-text TEXT ...] [--processes 3]
 
+Processes take the GPUs there are in turn.
+
 SETS is a TOML file: a table [base] of quantize's settings, and any number of [[set]] with a name and the settings that
 differ. Sets are begun in the order of the file, each by the first process that is free; a process shares imports,
 checkpoint, teacher, tokens and compiled graphs among its sets. Perplexity is measured on the last part of the training
@@ -19,6 +21,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import os
 import shutil
 import tarfile
 import time
@@ -258,8 +261,10 @@ def _add(job: Job, row: dict[str, Any]) -> None:
     )
 
 
-def work(job: Job, claim: Callable[[], int]) -> None:
-    """Train and measure one set after another, until none is left."""
+def work(job: Job, claim: Callable[[], int], gpu: str | None = None) -> None:
+    """Train and measure one set after another, until none is left. gpu: the only one to see, before CUDA is used."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = 1000
     config.specialize_float = True  # a graph for each value of a setting
@@ -304,15 +309,23 @@ class _Claim:
             return int(self.value.value) - 1
 
 
+def gpus() -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each GPU there is; without any, None."""
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return [*(given or map(str, range(torch.cuda.device_count())))] or [None]
+
+
 def run_all(job: Job, processes: int) -> None:
-    """All sets, in this process or several others."""
+    """All sets, in this process or several others, which take the GPUs in turn."""
     spawning = multiprocessing.get_context("spawn")
     claim = _Claim(spawning.Value("i", 0))
     if processes == 1:
         _prepare(job)
         work(job, claim)
         return
-    workers = [spawning.Process(target=work, args=(job, claim)) for _ in range(processes)]
+    devices = gpus()
+    arguments = [(job, claim, devices[i % len(devices)]) for i in range(processes)]
+    workers = [spawning.Process(target=work, args=each) for each in arguments]
     for worker in workers:
         worker.start()
     try:
