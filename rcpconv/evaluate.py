@@ -102,6 +102,12 @@ class Difference:
     """Share of positions at which both find the same token likeliest."""
     mean_kl: float
     """KL(reference ‖ other), nats a token."""
+    top1_margin: float = 0.0
+    mean_kl_margin: float = 0.0
+    """Of both, how much the same windows have more here than between torch's float32 and its float64: 0 for these."""
+    top1_margin_error: float = 0.0
+    mean_kl_margin_error: float = 0.0
+    """Standard errors of the margins. Windows count as independent; positions of one do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,7 @@ class Evaluation:
     """Scored ones: the first of each window is not."""
     models: list[ModelResult]
     agreement: dict[str, Difference]
-    """By "runtime vs. torch float32" and "torch float32 vs. torch float64"."""
+    """By "runtime vs. torch float32", "runtime vs. torch float64" and "torch float32 vs. torch float64"."""
     generations: Generations | None = None
 
 
@@ -216,18 +222,33 @@ class Runtime:
 
 
 class _DifferenceMeter:
+    """Collects a window at a time."""
+
     def __init__(self) -> None:
-        self.count, self.same, self.kl = 0, 0, 0.0
+        self.windows: list[tuple[int, int, float]] = []
+        """Positions, those at which both agree, and the sum of KL."""
 
     def add(self, reference_TV: Tensor, other_TV: Tensor) -> None:
         """Logits of the same positions."""
         p, q = (F.log_softmax(logits.double(), dim=-1) for logits in (reference_TV, other_TV))
-        self.count += len(p)
-        self.same += int((reference_TV.argmax(-1) == other_TV.argmax(-1)).sum())
-        self.kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        same = int((reference_TV.argmax(-1) == other_TV.argmax(-1)).sum())
+        self.windows.append((len(p), same, float(F.kl_div(q, p, reduction="sum", log_target=True))))
 
-    def result(self) -> Difference:
-        return Difference(top1_agreement=self.same / self.count, mean_kl=self.kl / self.count)
+    def result(self, unavoidable: _DifferenceMeter) -> Difference:
+        """unavoidable: has seen the same windows."""
+        found, others = np.array(self.windows), np.array(unavoidable.windows)
+        (top1, kl), margins = found[:, 1:].sum(0) / found[:, 0].sum(), found[:, 1:] - others[:, 1:]
+        (more_top1, more_kl), count = margins.sum(0) / found[:, 0].sum(), len(margins)
+        spread = margins - found[:, :1] * [more_top1, more_kl]
+        error_top1, error_kl = np.sqrt((spread**2).sum(0) * count / max(1, count - 1)) / found[:, 0].sum()
+        return Difference(
+            top1_agreement=float(top1),
+            mean_kl=float(kl),
+            top1_margin=float(more_top1),
+            mean_kl_margin=float(more_kl),
+            top1_margin_error=float(error_top1),
+            mean_kl_margin_error=float(error_kl),
+        )
 
 
 @torch.inference_mode()
@@ -236,7 +257,7 @@ def agreement(decoder: Decoder, runtime: Runtime, windows: Sequence[Sequence[int
 
     Teacher-forced, at every scored position. The runtime is as good as can be asked when its difference is no larger.
     """
-    from_runtime, from_double = _DifferenceMeter(), _DifferenceMeter()
+    from_single, from_double, unavoidable = _DifferenceMeter(), _DifferenceMeter(), _DifferenceMeter()
     runtime_logits = runtime.logits(windows)
     for window in _progress(windows, "agreement"):
         tokens = torch.tensor(window, device=decoder.inv_freq.device)[None]
@@ -246,11 +267,14 @@ def agreement(decoder: Decoder, runtime: Runtime, windows: Sequence[Sequence[int
             logits[dtype] = decoder(tokens)[0, :-1]
         decoder.options.dtype = torch.float32
         single, double = logits[torch.float32], logits[torch.float64]
-        from_runtime.add(single, torch.from_numpy(next(runtime_logits)[:-1]).to(single.device))
-        from_double.add(double, single)
+        from_file = torch.from_numpy(next(runtime_logits)[:-1]).to(single.device)
+        from_single.add(single, from_file)
+        from_double.add(double, from_file)
+        unavoidable.add(double, single)
     return {
-        "runtime vs. torch float32": from_runtime.result(),
-        "torch float32 vs. torch float64": from_double.result(),
+        "runtime vs. torch float32": from_single.result(unavoidable),
+        "runtime vs. torch float64": from_double.result(unavoidable),
+        "torch float32 vs. torch float64": unavoidable.result(unavoidable),
     }
 
 
@@ -348,9 +372,13 @@ def render(evaluation: Evaluation, console: Console) -> None:
         table.add_row(result.name, f"{result.perplexity:.3f}", size, ratio)
     console.print(table)
     if evaluation.agreement:
-        table = Table("agreement, teacher-forced", "same top-1", "mean KL (nats)")
+        headings = ("same top-1", "mean KL (nats)", "more top-1 than the last row", "more KL")
+        table = Table("agreement, teacher-forced", *headings)
         for name, found in evaluation.agreement.items():
-            table.add_row(name, f"{found.top1_agreement:.4%}", f"{found.mean_kl:.3e}")
+            top1 = f"{100 * found.top1_margin:+.2f} ± {100 * found.top1_margin_error:.2f} points"
+            kl = f"{found.mean_kl_margin:+.4f} ± {found.mean_kl_margin_error:.4f}"
+            more = (top1, kl) if found.top1_margin_error else ("", "")
+            table.add_row(name, f"{found.top1_agreement:.4%}", f"{found.mean_kl:.3e}", *more)
         console.print(table)
     if evaluation.generations is not None:
         console.print(generation_table(evaluation.generations))

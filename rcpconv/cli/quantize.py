@@ -29,7 +29,7 @@ class _GroupedHelp(click.Command):
         defaults = DEFAULTS | read_recipe(DEFAULT_RECIPE)
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 name = parameter.name or ""
                 if option := OPTIONS.get(name):
                     record = (record[0], record[1] + _default(option, defaults[name]))

@@ -180,3 +180,8 @@ def test_ctrl_c_ends_eval_and_its_child_without_a_traceback(finished: Run, work_
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
     assert output == ""
+
+
+def test_quantizes_help_lists_options_alone() -> None:
+    text = CliRunner().invoke(main, ["quantize", "--help"]).output
+    assert "[OPTIONS] [MODEL]" in text and "object at" not in text

@@ -87,11 +87,26 @@ def test_file_scores_as_the_trained_model(evaluation: Evaluation, rcp: Path) -> 
 
 
 def test_agreement_is_measured_beside_float64s(evaluation: Evaluation) -> None:
-    assert set(evaluation.agreement) == {"runtime vs. torch float32", "torch float32 vs. torch float64"}
+    runtime, single, double = "runtime", "torch float32", "torch float64"
+    assert set(evaluation.agreement) == {f"{runtime} vs. {single}", f"{runtime} vs. {double}", f"{single} vs. {double}"}
     for difference in evaluation.agreement.values():
         assert difference.top1_agreement > 0.97
         assert 0 <= difference.mean_kl < 0.01
     json.dumps(dataclasses.asdict(evaluation))
+
+
+def test_margins_of_agreement_have_standard_errors_over_windows() -> None:
+    ours, unavoidable = module._DifferenceMeter(), module._DifferenceMeter()
+    ours.windows = [(10, 8, 1.0), (10, 6, 3.0), (20, 16, 2.0)]
+    unavoidable.windows = [(10, 9, 0.5), (10, 8, 0.5), (20, 16, 1.0)]
+    found = ours.result(unavoidable)
+    assert (found.top1_agreement, found.mean_kl) == (30 / 40, 6 / 40)
+    assert (found.top1_margin, found.mean_kl_margin) == (-3 / 40, 4 / 40)
+    # A ratio's standard error: of what is left of the windows' margins without the mean's share of their positions.
+    rest = [-1 + 0.75, -2 + 0.75, 0 + 1.5]
+    assert found.top1_margin_error == pytest.approx(math.sqrt(sum(r * r for r in rest) * 3 / 2) / 40)
+    itself = unavoidable.result(unavoidable)
+    assert (itself.top1_margin, itself.top1_margin_error, itself.mean_kl_margin_error) == (0, 0, 0)
 
 
 def test_logits_come_in_files_of_bounded_size(rcp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,154 @@
+"""Trains one model in the same way on different numbers of GPUs, and compares losses and speed.
+
+    python examples/benchmarks/measure_gpus.py MODEL TEXT --out gpus.json [--gpus 1,2] [--resume] [--set seq_len=1024]
+
+Each training is a `rcpconv quantize --gpus N` of its own, with --sequences a step, shared evenly among the GPUs. With
+--resume, the largest number's training is stopped by SIGTERM halfway and goes on with the first number. Losses have to
+agree as far as rounding lets them; speed is the median over the second half of the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[2]
+_PATIENCE = 0.2
+
+
+def _python_path() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "formats"), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+class Trainings:
+    """All with the same settings, in folders of one folder, whose output is beside them."""
+
+    def __init__(
+        self, model: str, text: str, folder: Path, options: Sequence[str], sequences: int, limit: float
+    ) -> None:
+        self.model, self.text, self.folder, self.options = model, text, folder, options
+        self.sequences, self.limit = sequences, limit
+
+    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with Path(self.folder, f"{name}.log").open("ab") as log:
+            command = (sys.executable, "-m", "rcpconv", "quantize", *arguments)
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_python_path())
+
+    def _begin(self, name: str, gpus: int) -> subprocess.Popen[bytes]:
+        if self.sequences % gpus:
+            raise click.ClickException(f"{self.sequences} sequences are no multiple of {gpus} GPUs: see --sequences")
+        fixed = ("--data", self.text, "--gpus", str(gpus), "--out", str(self.folder / name), "--log-every", "1")
+        batch = ("--batch-size", str(self.sequences), "--grad-accum", "1", "--checkpoint-every", "0")
+        return self._start(name, self.model, *fixed, *batch, *self.options)
+
+    def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
+        try:
+            code = process.wait(self.limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            raise click.ClickException(f"{name}: not done after {self.limit:.0f} s; see --limit") from None
+        if code:
+            raise click.ClickException(f"{name}: exit status {code}\n{self.tail(name)}")
+
+    def tail(self, name: str) -> str:
+        """The end of what a training printed."""
+        return Path(self.folder, f"{name}.log").read_text(errors="replace")[-3000:]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Of its metrics.jsonl, one a step."""
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in map(json.loads, lines) if "loss" in line]
+
+    def whole(self, gpus: int) -> str:
+        """Train on so many GPUs; the run's name."""
+        name = f"gpus-{gpus}"
+        self._end(self._begin(name, gpus), name)
+        return name
+
+    def stopped(self, gpus: int, after: int, then: int) -> str:
+        """Train on so many GPUs, stop when `after` steps are there, and go on with `then`."""
+        name = f"gpus-{gpus}-then-{then}"
+        process, end = self._begin(name, gpus), time.monotonic() + self.limit
+        while len(self.lines(name)) < after and process.poll() is None and time.monotonic() < end:
+            time.sleep(_PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        process.wait(self.limit)
+        self._end(self._start(name, "--resume", str(self.folder / name), "--gpus", str(then)), name)
+        return name
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of a training."""
+    speeds = [line["tokens_per_second"] for line in lines[len(lines) // 2 :]]
+    return {
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line.get("grad_norm") for line in lines],
+        "tokens_per_second": statistics.median(speeds),
+    }
+
+
+def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of losses of the same step, relative."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.argument("model")
+@click.argument("text")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file.")
+@click.option("--gpus", default="1,2", show_default=True, help="Numbers to compare, the first with all others.")
+@click.option("--sequences", type=click.IntRange(1), default=8, show_default=True, help="Of a step.")
+@click.option("--resume", is_flag=True, help="Stop a training halfway, and go on with the first number of GPUs.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of quantize.")
+@click.option("--limit", type=float, default=240.0, show_default=True, help="Seconds for a training.")
+def main(
+    model: str, text: str, out: Path, gpus: str, sequences: int, resume: bool, settings: tuple[str, ...], limit: float
+) -> None:
+    """Train and compare."""
+    counts = [int(count) for count in gpus.split(",")]
+    options = [f"--{name.replace('_', '-')}={value}" for name, _, value in (each.partition("=") for each in settings)]
+    found: dict[str, Any] = {"model": Path(model).name, "sequences": sequences, "settings": settings, "runs": {}}
+    folder = Path(tempfile.mkdtemp(prefix="rcp-gpus-"))
+    try:
+        trainings = Trainings(model, text, folder, options, sequences, limit)
+        first: dict[str, Any] | None = None
+
+        def keep(name: str) -> None:
+            nonlocal first
+            row = summary(trainings.lines(name))
+            first = first or row
+            row["largest_loss_difference"] = largest_difference(row["losses"], first["losses"])
+            row["speedup"] = row["tokens_per_second"] / first["tokens_per_second"]
+            found["runs"][name] = row
+            out.write_text(json.dumps(found, indent=1) + "\n")
+            click.echo(
+                f"{name:16} losses {row['losses'][0]:.5f} to {row['losses'][-1]:.5f}, at most "
+                f"{row['largest_loss_difference']:.2e} from the first's; {row['tokens_per_second']:,.0f} tokens/s, "
+                f"{row['speedup']:.2f} times the first's"
+            )
+
+        for count in counts:
+            keep(trainings.whole(count))
+        if resume:
+            steps = len(trainings.lines(f"gpus-{counts[0]}"))
+            keep(trainings.stopped(max(counts), steps // 2, counts[0]))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
