@@ -4,7 +4,9 @@
 
 Each training is a `rcpconv quantize --gpus N` of its own, with --sequences a step, shared evenly among the GPUs. With
 --resume, the largest number's training is stopped by SIGTERM halfway and goes on with the first number. Losses have to
-agree as far as rounding lets them; speed is the median over the second half of the steps.
+agree as far as rounding lets them, and rounding flips 2-bit codes: --yardstick shows how much losses differ on the same
+GPU when gradients are added up in two parts. Speed is the median over the second half of the steps. Trainings that are
+in --out already are not done again.
 """
 
 from __future__ import annotations
@@ -47,11 +49,11 @@ class Trainings:
             command = (sys.executable, "-m", "rcpconv", "quantize", *arguments)
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_python_path())
 
-    def _begin(self, name: str, gpus: int) -> subprocess.Popen[bytes]:
+    def _begin(self, name: str, gpus: int, parts: int = 1) -> subprocess.Popen[bytes]:
         if self.sequences % gpus:
             raise click.ClickException(f"{self.sequences} sequences are no multiple of {gpus} GPUs: see --sequences")
         fixed = ("--data", self.text, "--gpus", str(gpus), "--out", str(self.folder / name), "--log-every", "1")
-        batch = ("--batch-size", str(self.sequences), "--grad-accum", "1", "--checkpoint-every", "0")
+        batch = ("--batch-size", str(self.sequences // parts), "--grad-accum", str(parts), "--checkpoint-every", "0")
         return self._start(name, self.model, *fixed, *batch, *self.options)
 
     def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
@@ -73,10 +75,9 @@ class Trainings:
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in map(json.loads, lines) if "loss" in line]
 
-    def whole(self, gpus: int) -> str:
-        """Train on so many GPUs; the run's name."""
-        name = f"gpus-{gpus}"
-        self._end(self._begin(name, gpus), name)
+    def whole(self, name: str, gpus: int, parts: int = 1) -> str:
+        """Train on so many GPUs, each step's gradient added up in so many parts; the name given."""
+        self._end(self._begin(name, gpus, parts), name)
         return name
 
     def stopped(self, gpus: int, after: int, then: int) -> str:
@@ -110,27 +111,39 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
 @click.argument("model")
 @click.argument("text")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file.")
-@click.option("--gpus", default="1,2", show_default=True, help="Numbers to compare, the first with all others.")
+@click.option("--gpus", default="1,2", show_default=True, help="Numbers to compare, all with the first.")
 @click.option("--sequences", type=click.IntRange(1), default=8, show_default=True, help="Of a step.")
 @click.option("--resume", is_flag=True, help="Stop a training halfway, and go on with the first number of GPUs.")
+@click.option("--yardstick", is_flag=True, help="Also train on the first number with each step in two parts.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of quantize.")
 @click.option("--limit", type=float, default=240.0, show_default=True, help="Seconds for a training.")
 def main(
-    model: str, text: str, out: Path, gpus: str, sequences: int, resume: bool, settings: tuple[str, ...], limit: float
+    model: str,
+    text: str,
+    out: Path,
+    gpus: str,
+    sequences: int,
+    resume: bool,
+    yardstick: bool,
+    settings: tuple[str, ...],
+    limit: float,
 ) -> None:
     """Train and compare."""
     counts = [int(count) for count in gpus.split(",")]
     options = [f"--{name.replace('_', '-')}={value}" for name, _, value in (each.partition("=") for each in settings)]
-    found: dict[str, Any] = {"model": Path(model).name, "sequences": sequences, "settings": settings, "runs": {}}
+    found: dict[str, Any] = {"model": Path(model).name, "sequences": sequences, "settings": list(settings), "runs": {}}
+    if out.exists():
+        before = json.loads(out.read_text())
+        if before | {"runs": {}} != found:
+            raise click.ClickException(f"{out} is of other settings: choose another --out")
+        found = before
     folder = Path(tempfile.mkdtemp(prefix="rcp-gpus-"))
     try:
         trainings = Trainings(model, text, folder, options, sequences, limit)
-        first: dict[str, Any] | None = None
 
         def keep(name: str) -> None:
-            nonlocal first
-            row = summary(trainings.lines(name))
-            first = first or row
+            row = found["runs"].setdefault(name, summary(trainings.lines(name)))
+            first = next(iter(found["runs"].values()))
             row["largest_loss_difference"] = largest_difference(row["losses"], first["losses"])
             row["speedup"] = row["tokens_per_second"] / first["tokens_per_second"]
             found["runs"][name] = row
@@ -141,10 +154,14 @@ def main(
                 f"{row['speedup']:.2f} times the first's"
             )
 
-        for count in counts:
-            keep(trainings.whole(count))
+        wanted = {f"gpus-{count}": (count, 1) for count in counts}
+        if yardstick:
+            wanted[f"gpus-{counts[0]}-in-parts"] = (counts[0], 2)
+        for name, (count, parts) in wanted.items():
+            if name not in found["runs"]:
+                keep(trainings.whole(name, count, parts))
         if resume:
-            steps = len(trainings.lines(f"gpus-{counts[0]}"))
+            steps = len(found["runs"][f"gpus-{counts[0]}"]["losses"])
             keep(trainings.stopped(max(counts), steps // 2, counts[0]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
