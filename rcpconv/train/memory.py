@@ -247,12 +247,12 @@ class Int8Table(Int8Linear):
 
 
 @torch.no_grad()
-def int8_teacher(teacher: nn.Module) -> nn.Module:
-    """Put int8 layers and tables in the place of float ones, one at a time. Returns the same module."""
-    for parent in list(teacher.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, FloatLinear):
-                setattr(parent, name, Int8Linear(module.weight, module.bias))
-            elif isinstance(module, FloatTable):
-                setattr(parent, name, Int8Table(module.weight, None))
-    return teacher
+def int8_teacher(module: nn.Module) -> nn.Module:
+    """The module with int8 layers and tables in the place of float ones, one at a time; or its own int8 form."""
+    if isinstance(module, FloatLinear):
+        return Int8Linear(module.weight, module.bias)
+    if isinstance(module, FloatTable):
+        return Int8Table(module.weight, None)
+    for name, child in module.named_children():
+        setattr(module, name, int8_teacher(child))
+    return module
