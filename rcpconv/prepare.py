@@ -169,7 +169,7 @@ def _load(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
         state[name].copy_(value)
 
 
-def _made_on(device: torch.device | str, pieces: Iterator[Piece]) -> Iterator[Piece]:
+def made_on(device: torch.device | str, pieces: Iterator[Piece]) -> Iterator[Piece]:
     """The pieces, made on this device; it is the default for no longer than that."""
     while True:
         with torch.device(device):
@@ -204,7 +204,7 @@ def lazy_original(
                 yield name.removeprefix(prefix), source.tensors.get(name, dtype, device)
 
     def pieces() -> Iterator[Piece]:
-        for name, module in _made_on(device, build_pieces(source.architecture, parts, r1=False, r3=False, r4=False)):
+        for name, module in made_on(device, build_pieces(source.architecture, parts, r1=False, r3=False, r4=False)):
             _load(module.to(dtype), tensors(name))
             yield name, change(module.requires_grad_(False).eval())
             del module  # before the next one is made
@@ -260,7 +260,7 @@ def lazy_student(
     prepared = dataclasses.replace(prepared, device=device)
 
     def pieces() -> Iterator[Piece]:
-        for name, module in _made_on(device, build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4)):
+        for name, module in made_on(device, build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4)):
             if cut_tables and isinstance(module, QuantTable):
                 for rows in prepared.table(name):
                     module.weight.data = rows
