@@ -2,8 +2,8 @@
 
     python examples/benchmarks/resume_drill.py CHECKPOINT FOLDER --steps 4 --every 2 -- --seq-len 2048 --compile off
 
-After "--": options of rcpconv quantize for all three. torch's deterministic algorithms are on, without which attention's
-gradients on a GPU differ from run to run.
+After "--": options of rcpconv quantize for all three. torch's deterministic algorithms are on, without which the
+gradients of attention on a GPU differ from run to run.
 """
 
 import os
