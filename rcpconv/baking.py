@@ -116,11 +116,10 @@ def proven_hashes(piece: Piece, baked: Mapping[str, Array]) -> dict[str, str]:
             )
         return name, found
 
-    linears = list(_linears(piece))
-    if not linears or not linears[0][1].weight.is_cuda:  # in a CPU's memory, one at a time
-        return dict(prove(*linear) for linear in linears)
-    with ThreadPoolExecutor(_PROVEN_TOGETHER) as pool:
-        return dict(pool.map(prove, *zip(*linears, strict=True)))
+    linears = dict(_linears(piece))
+    on_gpu = any(linear.weight.is_cuda for linear in linears.values())
+    with ThreadPoolExecutor(_PROVEN_TOGETHER if on_gpu else 1) as pool:  # on a CPU one at a time is in memory
+        return dict(pool.map(prove, linears.keys(), linears.values()))
 
 
 def lazy_baked(
