@@ -3,15 +3,20 @@
     python examples/make_synthetic_checkpoint.py tinyllama-1.1b /tmp/tinyllama
     python examples/make_synthetic_checkpoint.py llama-2-7b /tmp/7b --layers 2
 
-Sharded safetensors in bfloat16, config.json and a word-level tokenizer of the right size. A few rows are in memory at a
-time, and the disk is checked first. Equal seeds give equal bytes. Weights are drawn so that activations stay near 1.
+Sharded safetensors in bfloat16, config.json and a word-level tokenizer of the right size. A few rows a thread are in
+memory at a time, and the disk is checked first. Equal seeds give equal bytes. Weights are drawn so that activations
+stay near 1.
 """
 
 import json
 import math
+import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +72,7 @@ def _qwen25(*shape: int, tied: bool) -> Config:
 
 
 SHAPES = {
+    "demo": _config(2048, 192, 480, 4, 6, 2, 1024, 1e4),
     "tinyllama-1.1b": _config(32000, 2048, 5632, 22, 32, 4, 2048, 1e4),
     "llama-3.2-1b": _llama32(2048, 8192, 16, 32, 8),
     "llama-3.2-3b": _llama32(3072, 8192, 28, 24, 8),
@@ -119,7 +125,8 @@ def _shards(shapes: Mapping[str, Shape], limit: int) -> list[dict[str, Shape]]:
     return shards
 
 
-def _write_shard(path: Path, shapes: Mapping[str, Shape], layers: int, seed: int) -> None:
+def _begin_shard(path: Path, shapes: Mapping[str, Shape]) -> Iterator[tuple[Path, str, Shape, int]]:
+    """Write a shard's header. Gives (path, name, shape, place in the file) of every tensor that is to come."""
     header, position = {}, 0
     for name, shape in shapes.items():
         end = position + _BYTES * math.prod(shape)
@@ -127,11 +134,16 @@ def _write_shard(path: Path, shapes: Mapping[str, Shape], layers: int, seed: int
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            for block in _blocks(name, shape, layers, seed):
-                file.write(block.to(torch.bfloat16).view(torch.uint16).numpy().data)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    for name, shape in shapes.items():
+        yield path, name, shape, 8 + len(text) + header[hf_name(name)]["data_offsets"][0]
+
+
+def _write_tensor(path: Path, name: str, shape: Shape, place: int, *, layers: int, seed: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        for block in _blocks(name, shape, layers, seed):
+            file.write(block.to(torch.bfloat16).view(torch.uint16).numpy().data)
 
 
 def write_checkpoint(out: Path, config: Config, *, seed: int = 0, shard_bytes: int = _SHARD_BYTES) -> int:
@@ -157,8 +169,14 @@ def write_checkpoint(out: Path, config: Config, *, seed: int = 0, shard_bytes: i
         (unfinished / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
         shards = _shards(shapes, shard_bytes)
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for file, shard in zip(files, shards, strict=True):
-            _write_shard(unfinished / file, shard, architecture.num_layers, seed)
+        begun = [
+            tensor
+            for file, shard in zip(files, shards, strict=True)
+            for tensor in _begin_shard(unfinished / file, shard)
+        ]
+        write = partial(_write_tensor, layers=architecture.num_layers, seed=seed)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            deque(pool.map(write, *zip(*begun, strict=True)), maxlen=0)
         weight_map = {hf_name(name): file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -176,6 +194,7 @@ def write_checkpoint(out: Path, config: Config, *, seed: int = 0, shard_bytes: i
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def main(shape: str, out: Path, layers: int | None, seed: int) -> None:
     """Write the checkpoint and say how large it is."""
+    torch.set_num_threads(1)  # tensors have a thread each
     config = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     click.echo(f"{out}: {write_checkpoint(out, config, seed=seed):,} bytes of weights")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from rcpformat import codec, spec
 from rcpformat.architecture import Architecture, Quantization
 
 Array = NDArray[Any]
+
+_PROVEN_TOGETHER = len(spec.LINEARS)
+"""Linears of a layer on a GPU whose weights are hashed at a time, each in its thread."""
 
 
 def _numpy(tensor: Tensor) -> Array:
@@ -75,18 +80,27 @@ def weight_hashes(piece: Piece) -> dict[str, str]:
     """SHA-256 of the float32 weights (N, K), scale times integer, that the training forward of each linear uses."""
     hashes = {}
     for name, linear in _linears(piece):
-        integers, scale = linear.quantizer(linear.weight)
-        hashes[name] = hash_weights(_numpy(integers * scale[:, None]))
+        hashes[name] = hash_weights(_used_weights(linear))
     return hashes
+
+
+def _used_weights(linear: QuantLinear) -> Array:
+    integers, scale = linear.quantizer(linear.weight)
+    return _numpy(integers * scale[:, None])
 
 
 def proven_hashes(piece: Piece, baked: Mapping[str, Array]) -> dict[str, str]:
     """weight_hashes, once each linear's baked tensors were decoded and gave the same. Raises ExportMismatch.
 
-    baked: what bake_piece gives for this piece.
+    baked: what bake_piece gives for this piece. Of a model on a GPU, several linears are hashed side by side.
     """
-    hashes = weight_hashes(piece)
-    for name, linear in _linears(piece):
+    computing = threading.Lock()
+
+    @torch.no_grad()
+    def prove(name: str, linear: QuantLinear) -> tuple[str, str]:
+        with computing:
+            weights = _used_weights(linear)
+        found = hash_weights(weights)
         packed = codec.PackedLinear(
             name=name,
             shape=(linear.weight.shape[0], linear.weight.shape[1]),
@@ -95,12 +109,17 @@ def proven_hashes(piece: Piece, baked: Mapping[str, Array]) -> dict[str, str]:
             levels=baked[name + ".levels"],
             scale=baked[name + ".scale"],
         )
-        if hash_decoded(packed) != hashes[name]:
+        if hash_decoded(packed) != found:
             raise ExportMismatch(
                 f"{name}: codes, levels and scale decode to other weights than the training's forward pass uses, by "
                 "SHA-256; the machine erred, or rcpconv has a fault: resume the run to try again, and report it"
             )
-    return hashes
+        return name, found
+
+    linears = dict(_linears(piece))
+    on_gpu = any(linear.weight.is_cuda for linear in linears.values())
+    with ThreadPoolExecutor(_PROVEN_TOGETHER if on_gpu else 1) as pool:  # on a CPU one at a time is in memory
+        return dict(pool.map(prove, linears.keys(), linears.values()))
 
 
 def lazy_baked(

@@ -326,7 +326,7 @@ def evaluate(
     teacher = None
     if ORIGINAL in wanted:
         assert run is not None
-        original = lazy_original(run.source())
+        original = lazy_original(run.source(), device=target)
         perplexity = lazy_perplexity(original, windows, ORIGINAL, target)
         results.append(ModelResult(name=ORIGINAL, perplexity=perplexity, bytes=fp16, ratio=1.0))
         if task is not None:

@@ -286,7 +286,7 @@ def evaluate_tasks(
     found = {}
     if ORIGINAL in wanted:
         assert run is not None
-        decoder = original_decoder(run.source()).to(target)
+        decoder = original_decoder(run.source(), device=target)
         found[ORIGINAL] = tasks.run(decoder, model.tokenizer_json, model.tokenizer)
     if FAKE_QUANT in wanted:
         decoder = baked_decoder(model.architecture, model.quantization, model.tensor).to(target)

@@ -26,8 +26,8 @@ from rcpformat.architecture import Architecture, Quantization
 
 TABLE_ROWS = 1024
 """Of an embedding or head that are prepared at a time."""
-_BLOCK_ELEMENTS = 1 << 18
-"""Of a matrix that are rotated at a time."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Of a matrix that are rotated at a time: what stays in a processor's cache, or what keeps a GPU busy."""
 
 _Transforms = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -52,6 +52,8 @@ class PreparedModel:
     rotations: Rotations
     signs: Tensor
     """(hidden_size,) ±1 float64: R1 is x -> H(signs ∘ x) / √n."""
+    device: torch.device | str = "cpu"
+    """Where tensors are computed, and are."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) for every entry of the state of a decoder with folded norms, one at a time."""
@@ -67,28 +69,32 @@ class PreparedModel:
             yield from self._layer(piece + ".")
         elif piece == spec.EMBED or (piece == spec.HEAD and not a.tied_table):
             blocks = self.table(piece)
-            table = torch.empty(a.vocab_size, a.hidden_size)
+            table = torch.empty(a.vocab_size, a.hidden_size, device=self.device)
             for part in table.split(TABLE_ROWS):
                 part.copy_(next(blocks))
             yield "weight", table
         elif piece == "head_input" and a.tied_table:
-            yield "gain", self.source.tensors.get(spec.FINAL_GAIN, torch.float32)
+            yield "gain", self.source.tensors.get(spec.FINAL_GAIN, torch.float32, self.device)
             if self.rotations.r1:
                 yield "signs", self.signs.float()
 
     def table(self, name: str) -> Iterator[Tensor]:
         """The embedding or the head, TABLE_ROWS float32 rows at a time."""
         store = self.source.tensors
-        gain = store.get(spec.FINAL_GAIN, torch.float64) if name == spec.HEAD else None
+        gain = store.get(spec.FINAL_GAIN, torch.float64, self.device) if name == spec.HEAD else None
         stored = spec.EMBED if self.source.tied_embeddings else name
-        for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64):
+        for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64, self.device):
             yield self._rotate_input(rows if gain is None else rows * gain).float()
 
     def _layer(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         a, store = self.architecture, self.source.tensors
+
+        def read(name: str) -> Tensor:
+            return store.get(prefix + name, torch.float64, self.device)
+
         if a.qk_norm:
             for name in ("attn.q_norm", "attn.k_norm"):
-                yield name, store.get(prefix + name, torch.float32)
+                yield name, read(name).float()
         heads = _heads_first(a.head_dim)
         steps: dict[str, tuple[str | None, _Transforms, _Transforms]] = {
             # linear: (gain to fold, transforms of its input side, transforms of its output side)
@@ -101,29 +107,28 @@ class PreparedModel:
             "mlp.down": (None, (apply_right,) if self.rotations.r4 else (), (self._rotate_input,)),
         }
         for kind, (gain, inputs, outputs) in steps.items():
-            weight = store.get(f"{prefix}{kind}.weight", torch.float64)
+            weight = read(f"{kind}.weight")
             if gain is not None:
-                weight *= store.get(f"{prefix}{gain}.gain", torch.float64)
+                weight *= read(f"{gain}.gain")
             for transform in inputs:
                 _transform_rows(weight, transform)
             for transform in outputs:
                 _transform_rows(weight.T, transform)
             yield f"{kind}.weight", weight.float()
-            bias = f"{prefix}{kind}.bias"
-            if bias in store:
-                value = store.get(bias, torch.float64)
+            if f"{prefix}{kind}.bias" in store:
+                value = read(f"{kind}.bias")
                 for transform in outputs:
                     value = transform(value)
                 yield f"{kind}.bias", value.float()
 
     def _rotate_input(self, rows: Tensor) -> Tensor:
         """R1 along the last axis."""
-        return apply_right(rows, self.signs) if self.rotations.r1 else rows
+        return apply_right(rows, self.signs.to(rows.device)) if self.rotations.r1 else rows
 
 
 def _transform_rows(matrix: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
     """Transform each row in place, some at a time: that takes little memory, and stays in the processor's cache."""
-    for block in matrix.split(max(1, _BLOCK_ELEMENTS // matrix.shape[1])):
+    for block in matrix.split(max(1, _BLOCK_ELEMENTS[matrix.device.type] // matrix.shape[1])):
         block.copy_(transform(block))
 
 
@@ -164,10 +169,28 @@ def _load(module: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
         state[name].copy_(value)
 
 
+def made_on(device: torch.device | str, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces, made on this device; it is the default for no longer than that."""
+    while True:
+        with torch.device(device):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+        del piece  # before the next one is made
+
+
 def lazy_original(
-    source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
+    source: SourceModel,
+    dtype: torch.dtype = torch.float32,
+    options: ComputeOptions | None = None,
+    device: torch.device | str = "cpu",
+    change: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> LazyDecoder:
-    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype, residual stream float32."""
+    """The unquantized model as it came, in eval mode: the teacher. Weights in dtype, residual stream float32.
+
+    change: what becomes of each piece as soon as it is there.
+    """
     options = options or ComputeOptions()
     parts = FloatParts(architecture=source.architecture, with_gains=True)
     names = {name: f"{name}." for name in (spec.EMBED, "final_norm", spec.HEAD)}
@@ -178,21 +201,26 @@ def lazy_original(
         prefix = names.get(piece, piece + ".")
         for name in source.tensors.names():
             if name.startswith(prefix):
-                yield name.removeprefix(prefix), source.tensors.get(name, dtype)
+                yield name.removeprefix(prefix), source.tensors.get(name, dtype, device)
 
     def pieces() -> Iterator[Piece]:
-        for name, module in build_pieces(source.architecture, parts, r1=False, r3=False, r4=False):
+        for name, module in made_on(device, build_pieces(source.architecture, parts, r1=False, r3=False, r4=False)):
             _load(module.to(dtype), tensors(name))
-            yield name, module.requires_grad_(False).eval()
+            yield name, change(module.requires_grad_(False).eval())
+            del module  # before the next one is made
 
     return LazyDecoder(architecture=source.architecture, inv_freq=source.inv_freq, pieces=pieces, options=options)
 
 
 def original_decoder(
-    source: SourceModel, dtype: torch.dtype = torch.float32, options: ComputeOptions | None = None
+    source: SourceModel,
+    dtype: torch.dtype = torch.float32,
+    options: ComputeOptions | None = None,
+    device: torch.device | str = "cpu",
+    change: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Decoder:
-    """All of lazy_original."""
-    return lazy_original(source, dtype, options).whole().eval()
+    """All of lazy_original, which takes the same arguments."""
+    return lazy_original(source, dtype, options, device, change).whole().eval().to(device)
 
 
 def rotated_decoder(prepared: PreparedModel) -> Decoder:
@@ -222,22 +250,23 @@ def lazy_student(
     a_clip: float = 0.9,
     cut_tables: bool = False,
 ) -> LazyDecoder:
-    """The model to train, on `device`: prepared weights, every quantizer initialised from them.
+    """The model to train, made on `device`: prepared weights, every quantizer initialised from them.
 
     importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
     cut_tables: a table comes in several pieces of its name, of TABLE_ROWS rows each; good for baking alone.
     """
     a, q = prepared.architecture, quantization
     parts = TrainingParts(architecture=a, quantization=q, options=options, learning=learning, a_clip=a_clip)
+    prepared = dataclasses.replace(prepared, device=device)
 
     def pieces() -> Iterator[Piece]:
-        for name, module in build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4):
+        for name, module in made_on(device, build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4)):
             if cut_tables and isinstance(module, QuantTable):
                 for rows in prepared.table(name):
-                    module.weight.data = rows.to(device)
+                    module.weight.data = rows
                     yield name, module
                 continue
-            _load(module.to(device), prepared.piece(name))
+            _load(module, prepared.piece(name))
             _initialise((name, module), importance)
             yield name, module
             del module  # before the next one is made

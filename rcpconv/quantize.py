@@ -395,10 +395,10 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     @cache
     def teacher() -> Decoder:
         dtype = torch.bfloat16 if half else torch.float32
-        decoder = original_decoder(source, dtype, ComputeOptions(half=half))
+        options = ComputeOptions(half=half)
         if config.teacher_weights == "int8":
-            int8_teacher(decoder)
-        return decoder.to(device)
+            return original_decoder(source, dtype, options, device, int8_teacher)
+        return original_decoder(source, dtype, options, device)
 
     with distributed.first_before_others():  # before any weights are read, unless they write the texts
         sequences = _sequences(run, plan, source, teacher, console)
@@ -423,7 +423,7 @@ def _evaluate(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]
     baked = lazy_baked(plan.architecture, plan.quantization, run.baked)
     found = {
         name: lazy_perplexity(decoder, windows, name, device)
-        for name, decoder in (("original", lazy_original(source)), ("fake-quant", baked))
+        for name, decoder in (("original", lazy_original(source, device=device)), ("fake-quant", baked))
     }
     figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
     console.print(f"perplexity on {plan.config.eval_data}: {figures}", highlight=False, soft_wrap=True)

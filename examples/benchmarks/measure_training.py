@@ -7,39 +7,46 @@
 Without --case: 1B, 3B and 7B, each with all of the GPU's memory, with 80 GiB and with 48 GiB of it, the latter two
 with low_memory; each in a process of its own. Weights are random and made on the GPU; the settings are those that
 `rcpconv quantize` would choose for that much memory, but for --set. Cases whose result is in --out are left out.
+--plain measures plain bf16 training of the same shape in the same process, afterwards and without a cap.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "formats", ".")]
 
 from rcpconv import estimate  # noqa: E402
 from rcpconv.config import QuantizeConfig  # noqa: E402
+from rcpconv.errors import BadCompiler  # noqa: E402
 from rcpconv.estimate import COMPILED, EAGER, SCALED, Calibration  # noqa: E402
 from rcpconv.layers import ComputeOptions, QuantLinear  # noqa: E402
-from rcpconv.model import Decoder  # noqa: E402
+from rcpconv.model import Decoder, build_pieces  # noqa: E402
 from rcpconv.parts import FloatParts, Parts, TrainingParts  # noqa: E402
 from rcpconv.plan import Plan, look_at_machine, make_plan  # noqa: E402
+from rcpconv.prepare import made_on  # noqa: E402
 from rcpconv.runs import Run  # noqa: E402
 from rcpconv.train.loop import Trainer  # noqa: E402
-from rcpconv.train.losses import Loss  # noqa: E402
+from rcpconv.train.losses import Loss, chunk_rows  # noqa: E402
 from rcpconv.train.memory import int8_teacher  # noqa: E402
 from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_32_1B, LLAMA_32_3B  # noqa: E402
 
@@ -53,6 +60,8 @@ SHAPES = {
 """Name to architecture, and whether its embedding is its head."""
 FULL = "full"
 CASES = tuple(f"{name}:{cap}" for name in list(SHAPES)[:3] for cap in (FULL, "80", "48"))
+Ready = Callable[[nn.Module], nn.Module]
+"""What becomes of a piece as soon as it is made."""
 _WARM_UP = 2
 _STD = 0.02
 _GIB = 2**30
@@ -72,8 +81,9 @@ class RandomTokens:
 class TimedTrainer(Trainer):
     """Keeps the time of every update."""
 
+    times: list[float]
+
     def _update(self, loss: Loss) -> None:
-        self.times: list[float] = getattr(self, "times", [])
         start = time.perf_counter()
         super()._update(loss)  # ends with figures on the host, so the device is done but for the optimizer
         if self.device.type == "cuda":
@@ -81,13 +91,27 @@ class TimedTrainer(Trainer):
         self.times.append(time.perf_counter() - start)
 
 
-def _decoder(plan: Plan, parts: Parts, rotated: bool, options: ComputeOptions) -> Decoder:
-    a, device = plan.architecture, torch.device(plan.machine.device)
-    a = a if rotated else dataclasses.replace(a, tied_table=False)
+def _decoder(plan: Plan, parts: Parts, rotated: bool, options: ComputeOptions, ready: Ready) -> Decoder:
+    a = plan.architecture if rotated else dataclasses.replace(plan.architecture, tied_table=False)
     frequencies = 1e4 ** (-np.arange(0, a.head_dim, 2) / a.head_dim)
-    with device:
-        decoder = Decoder(a, frequencies, parts, r1=rotated, r3=rotated, r4=rotated, options=options)
-    return decoder.to(device)
+    device = plan.machine.device
+    pieces = made_on(device, build_pieces(a, parts, r1=rotated, r3=rotated, r4=rotated))
+    return Decoder(a, frequencies, ((name, ready(module)) for name, module in pieces), options).to(device)
+
+
+@torch.no_grad()
+def original(plan: Plan, options: ComputeOptions, *, small: bool = False) -> Decoder:
+    """An unquantized model, random, made on the device of the plan. small: with int8 weights."""
+
+    def ready(module: nn.Module) -> nn.Module:
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, _STD)
+        module.to(torch.bfloat16 if options.half else torch.float32)
+        return int8_teacher(module) if small else module
+
+    parts = FloatParts(architecture=plan.architecture, with_gains=True)
+    return _decoder(plan, parts, False, options, ready)
 
 
 @torch.no_grad()
@@ -96,26 +120,97 @@ def models(plan: Plan) -> tuple[Decoder, Decoder]:
     c = plan.config
     half = c.precision == "bf16"
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
-    teacher = _decoder(
-        plan, FloatParts(architecture=plan.architecture, with_gains=True), False, ComputeOptions(half=half)
-    )
-    torch.set_default_dtype(torch.float32)
-    for parameter in teacher.requires_grad_(False).eval().parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, _STD)
-    if c.teacher_weights == "int8":
-        int8_teacher(teacher)
     options = ComputeOptions(half=half, checkpoint_layers=c.grad_checkpointing == "on")
+
+    def ready(module: nn.Module) -> nn.Module:
+        for name, parameter in module.named_parameters():
+            if name.endswith("weight"):
+                parameter.normal_(0, _STD)
+        for linear in module.modules():
+            if isinstance(linear, QuantLinear):
+                linear.quantizer.initialise(linear.weight)
+        return module
+
     parts = TrainingParts(architecture=plan.architecture, quantization=plan.quantization, options=options)
-    student = _decoder(plan, parts, True, options)
-    for name, parameter in student.named_parameters():
-        if name.endswith(".weight"):
-            parameter.normal_(0, _STD)
-    for module in student.modules():
-        if isinstance(module, QuantLinear):
-            module.quantizer.initialise(module.weight)
-    return student, teacher
+    student = _decoder(plan, parts, True, options, ready)
+    teacher = original(plan, ComputeOptions(half=half), small=c.teacher_weights == "int8")
+    return student, teacher.requires_grad_(False).eval()
+
+
+class PlainTraining:
+    """What training is compared with: the same shape unquantized, all of it in bfloat16, learning by cross-entropy with
+    fused AdamW, and a forward pass of a teacher of that shape. Batches, recomputation and torch.compile are the plan's.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        c = self.config = plan.config
+        half = c.precision == "bf16"
+        torch.manual_seed(0)
+        self.model = original(plan, ComputeOptions(half=half, checkpoint_layers=c.grad_checkpointing == "on"))
+        self.teacher = original(plan, ComputeOptions(half=half)).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=c.betas, fused=True)
+        assert c.seq_len is not None
+        self.texts = RandomTokens(c.seq_len, plan.architecture.vocab_size)
+        self.device = torch.device(plan.machine.device)
+        if c.compile == "on":
+            for layer in (*self.model.layers, *self.teacher.layers):
+                layer.compile()
+
+    def _tokens(self, first: int) -> Tensor:
+        assert self.config.batch_size is not None
+        return torch.from_numpy(self.texts.batch(first, self.config.batch_size)).to(self.device)
+
+    def _parts(self, hidden_MC: Tensor) -> tuple[Tensor, ...]:
+        """As many tokens at a time as QAT has logits of."""
+        return hidden_MC.split(chunk_rows(len(hidden_MC), self.model.architecture.vocab_size, self.device))
+
+    def step(self, number: int) -> None:
+        """An update."""
+        assert self.config.grad_accum is not None
+        for i in range(self.config.grad_accum):
+            tokens_BT = self._tokens(number * self.config.grad_accum + i)
+            hidden_MC = self.model.hidden(tokens_BT).flatten(0, 1)
+            leaf_MC = hidden_MC.detach().requires_grad_()
+            targets = tokens_BT.roll(-1, dims=1).flatten().split(len(self._parts(leaf_MC)[0]))
+            for part_MC, target_M in zip(self._parts(leaf_MC), targets, strict=True):
+                F.cross_entropy(self.model.logits(part_MC), target_M).backward()
+            hidden_MC.backward(leaf_MC.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def teach(self, number: int) -> None:
+        """The teacher's forward pass of all of a step."""
+        assert self.config.grad_accum is not None
+        for i in range(self.config.grad_accum):
+            hidden_BTC = self.teacher.hidden(self._tokens(number * self.config.grad_accum + i))
+            for part_MC in self._parts(hidden_BTC.flatten(0, 1)):
+                self.teacher.logits(part_MC)
+
+    def seconds(self, work: Callable[[int], None], steps: int) -> float:
+        """The median time of it."""
+        times = []
+        for number in range(_WARM_UP + steps):
+            start = time.perf_counter()
+            work(number)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[_WARM_UP:])
+
+
+def measure_plain(plan: Plan, steps: int) -> dict[str, Any]:
+    """Seconds and memory of plain training, with all of the GPU's memory."""
+    cuda = plan.machine.kind == "cuda"
+    torch._dynamo.reset()  # compiled code would hold the models before
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, plan.machine.device)
+        torch.cuda.reset_peak_memory_stats()
+    plain = PlainTraining(plan)
+    found = {"training": plain.seconds(plain.step, steps), "teacher": plain.seconds(plain.teach, steps)}
+    return found | {"peak_allocated": torch.cuda.max_memory_allocated() if cuda else None}
 
 
 def make_case_plan(case: str, device: str, settings: dict[str, Any]) -> Plan:
@@ -129,35 +224,17 @@ def make_case_plan(case: str, device: str, settings: dict[str, Any]) -> Plan:
         torch.cuda.set_per_process_memory_fraction(allowed / total, machine.device)
         machine = dataclasses.replace(machine, memory_bytes=min(allowed, machine.memory_bytes))
     architecture, tied = SHAPES[name]
-    config = QuantizeConfig(**{"model": name, "low_memory": low, "checkpoint_every": 0, "log_every": 1} | settings)
+    fixed = {"model": name, "low_memory": low, "checkpoint_every": 0, "log_every": 1}
+    config = QuantizeConfig(**fixed | settings)
     return make_plan(config, architecture, tied, machine)
 
 
-def measure(case: str, device: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train a few steps. Bytes and seconds, estimated and measured."""
-    plan = make_case_plan(case, device, settings | {"steps": _WARM_UP + steps})
+def measure(plan: Plan, case: str, steps: int) -> dict[str, Any]:
+    """Train a few steps. Bytes and seconds, estimated and measured; "error" where memory did not suffice."""
     c, m, a = plan.config, plan.machine, plan.architecture
     cuda = m.kind == "cuda"
     theory = Calibration()
-    student, teacher = models(plan)
-    assert c.seq_len is not None
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TimedTrainer(
-            student=student,
-            teacher=teacher,
-            sequences=RandomTokens(c.seq_len, a.vocab_size),  # type: ignore[arg-type]
-            steps=plan.steps,
-            config=c,
-            run=Run(Path(folder), {}),
-            console=Console(quiet=True),
-            keep=False,
-        )
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-    seconds = statistics.median(trainer.times[_WARM_UP:])
-    return {
+    result = {
         "case": case,
         "device": m.name,
         "torch": torch.__version__,
@@ -167,12 +244,48 @@ def measure(case: str, device: str, settings: dict[str, Any], steps: int) -> dic
         "estimated_seconds": estimate.step_seconds(c, a, m.kind, m.flops, factors=theory),
         "flops": m.flops,
         "memory_limit": m.memory_bytes,
-        "peak_allocated": torch.cuda.max_memory_allocated() if cuda else None,
-        "peak_reserved": torch.cuda.max_memory_reserved() if cuda else None,
-        "seconds": seconds,
-        "first_seconds": trainer.times[0],
-        "tokens_per_second": plan.tokens_per_step / seconds,
     }
+    times: list[float] = []
+    try:
+        result |= _train(plan, steps, times)
+    except (torch.OutOfMemoryError, BadCompiler) as error:
+        result["error"] = str(error)
+    result["peak_allocated"] = torch.cuda.max_memory_allocated() if cuda else None
+    result["peak_reserved"] = torch.cuda.max_memory_reserved() if cuda else None
+    if times[_WARM_UP:]:
+        seconds = statistics.median(times[_WARM_UP:])
+        result |= {"seconds": seconds, "tokens_per_second": plan.tokens_per_step / seconds}
+    return result | {"times": times}
+
+
+def _train(plan: Plan, steps: int, times: list[float]) -> dict[str, Any]:
+    """The time and memory before the first update. times: gets those of the updates."""
+    c, cuda = plan.config, plan.machine.kind == "cuda"
+    began = time.perf_counter()
+    student, teacher = models(plan)
+    if cuda:
+        torch.cuda.synchronize()
+    made = time.perf_counter()
+    assert c.seq_len is not None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TimedTrainer(
+            student=student,
+            teacher=teacher,
+            sequences=RandomTokens(c.seq_len, plan.architecture.vocab_size),  # type: ignore[arg-type]
+            steps=_WARM_UP + steps,
+            config=c,
+            run=Run(Path(folder), {}),
+            console=Console(quiet=True),
+            keep=False,
+        )
+        trainer.times = times
+        started = {"made_seconds": made - began, "compiled_seconds": time.perf_counter() - made}
+        if cuda:
+            started["start_peak_allocated"] = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    return started
 
 
 def tell(result: dict[str, Any]) -> None:
@@ -184,13 +297,27 @@ def tell(result: dict[str, Any]) -> None:
     if result["peak_allocated"] is not None:
         limit, peak, held = (result[name] / _GIB for name in ("memory_limit", "peak_allocated", "peak_reserved"))
         click.echo(
-            f"  memory  estimated {estimated / _GIB:.1f} GiB, measured {peak:.1f} (reserved {held:.1f}), "
-            f"{1 - held / limit:.0%} of {limit:.1f} left"
+            f"  memory  estimated {estimated / _GIB:.1f} GiB, measured {peak:.1f}, {peak * _GIB / estimated - 1:+.0%} "
+            f"(reserved {held:.1f}, {1 - held / limit:.0%} of {limit:.1f} left; until the first step "
+            f"{result.get('start_peak_allocated', 0) / _GIB:.1f})"
         )
-    click.echo(
-        f"  a step  estimated {result['estimated_seconds']:.3f} s, measured {result['seconds']:.3f} "
-        f"({result['tokens_per_second']:,.0f} tokens/s; the first {result['first_seconds']:.1f} s)"
-    )
+    if "error" in result:
+        click.echo(f"  failed  {result['error']}")
+    if "seconds" in result:
+        click.echo(
+            f"  a step  estimated {result['estimated_seconds']:.3f} s, measured {result['seconds']:.3f} "
+            f"({result['tokens_per_second']:,.0f} tokens/s; all: {' '.join(f'{t:.2f}' for t in result['times'])}; "
+            f"models made in {result['made_seconds']:.1f} s, trainer in {result['compiled_seconds']:.1f})"
+        )
+    if "plain" in result:
+        plain = result["plain"]
+        both = plain["training"] + plain["teacher"]
+        peak = f", {plain['peak_allocated'] / _GIB:.1f} GiB" if plain["peak_allocated"] is not None else ""
+        ratio = f": QAT at {both / result['seconds']:.2f} of it" if "seconds" in result else ""
+        click.echo(
+            f"  plain   a training step {plain['training']:.3f} s, a teacher's forward pass {plain['teacher']:.3f}: "
+            f"{result['tokens_per_step'] / both:,.0f} tokens/s{peak}{ratio}"
+        )
 
 
 def factors(results: list[dict[str, Any]]) -> Calibration:
@@ -201,7 +328,7 @@ def factors(results: list[dict[str, Any]]) -> Calibration:
     memory: dict[str, list[float]] = {EAGER: [], COMPILED: []}
     seconds: dict[str, list[float]] = {EAGER: [], COMPILED: []}
     for result in results:
-        if result.get("peak_allocated") is None:
+        if not _usable(result):
             continue
         kind = COMPILED if result["settings"]["compile"] == "on" else EAGER
         terms = result["estimated_memory"]
@@ -214,13 +341,18 @@ def factors(results: list[dict[str, Any]]) -> Calibration:
         for kind, other in ((EAGER, COMPILED), (COMPILED, EAGER)):
             found[kind] = found[kind] or found[other]
     kept = ("case", "tokens_per_step", "estimated_seconds", "peak_allocated", "peak_reserved", "seconds")
-    measured = [{name: r[name] for name in kept} for r in results if r.get("peak_allocated") is not None]
+    measured = [{name: r[name] for name in kept} for r in results if _usable(r)]
     return Calibration(
         device=results[0]["device"],
         memory={kind: round(max(values), 3) for kind, values in memory.items()},
         seconds={kind: round(statistics.median(values), 3) for kind, values in seconds.items()},
         measured=tuple(measured),
     )
+
+
+def _usable(result: dict[str, Any]) -> bool:
+    """Whether it was measured on a GPU, to its end."""
+    return result.get("peak_allocated") is not None and "seconds" in result and "error" not in result
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -239,6 +371,7 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file of results; is added to.")
 @click.option("--steps", default=5, show_default=True, help="Steps to measure, after two more.")
 @click.option("--device", default="auto", show_default=True)
+@click.option("--plain", is_flag=True, help="Measure plain bf16 training and a teacher's forward pass, too.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of rcpconv quantize.")
 @click.option(
     "--calibrate",
@@ -252,6 +385,7 @@ def main(
     out: Path | None,
     steps: int,
     device: str,
+    plain: bool,
     pairs: tuple[str, ...],
     calibrate: tuple[Path, Path] | None,
 ) -> None:
@@ -265,16 +399,28 @@ def main(
     cases = tuple(case for case in cases if (case, pairs) not in done)
     if len(cases) > 1:
         common = ["--steps", str(steps), "--device", device, *(x for pair in pairs for x in ("--set", pair))]
+        common += ["--plain"] if plain else []
         common += [] if out is None else ["--out", str(out)]
         for case in cases:
             if subprocess.run([sys.executable, __file__, "--case", case, *common]).returncode:
                 click.echo(f"{case}: failed")
         return
     for case in cases:
-        result = measure(case, device, _settings(pairs), steps) | {"set": list(pairs)}
+        plan = make_case_plan(case, device, _settings(pairs) | {"steps": _WARM_UP + steps})
+        result = measure(plan, case, steps) | {"set": list(pairs)}
+
+        def keep(result: dict[str, Any] = result) -> None:
+            if out is not None:
+                out.write_text(json.dumps([*results, result], indent=2) + "\n")
+
         tell(result)
-        if out is not None:
-            out.write_text(json.dumps([*results, result], indent=2) + "\n")
+        keep()
+        if plain:
+            result["plain"] = measure_plain(plan, steps)
+            tell(result)
+            keep()
+        if "error" in result:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -69,18 +69,22 @@ class TensorStore:
         assert dtype is not None, "select_tensors admits float tensors only"
         return dtype
 
-    def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def get(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
         """Read one tensor, in its stored dtype or in `dtype`: a contiguous copy that the caller may change."""
-        return _copy(self._tensors[name].load(), dtype or self.dtype(name))
+        return _copy(self._tensors[name].load(), dtype or self.dtype(name), device)
 
-    def blocks(self, name: str, rows: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def blocks(
+        self, name: str, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Iterator[torch.Tensor]:
         """As get, but so many rows at a time."""
         for block in self._tensors[name].load().split(rows):
-            yield _copy(block, dtype)
+            yield _copy(block, dtype, device)
 
 
-def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+def _copy(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    # In two steps: a copy to a GPU that changes the dtype would change it on the CPU, before it travels.
+    copy = tensor.to(device, copy=torch.device(device).type != "cpu")
+    return copy.to(dtype, copy=copy is tensor, memory_format=torch.contiguous_format)
 
 
 def expected_shapes(architecture: Architecture, *, tied_embeddings: bool) -> dict[str, tuple[int, ...]]:

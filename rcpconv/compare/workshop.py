@@ -100,13 +100,13 @@ class Workshop:
         if half not in self._teachers:
             dtype = torch.bfloat16 if half else torch.float32
             options = ComputeOptions(half=half)
-            self._teachers[half] = original_decoder(self.source, dtype, options).to(self.device)
+            self._teachers[half] = original_decoder(self.source, dtype, options, self.device)
         return self._teachers[half]
 
     @cached_property
     def original(self) -> Decoder:
         """The original model in float32, as it is measured and compared with."""
-        return original_decoder(self.source).to(self.device)
+        return original_decoder(self.source, device=self.device)
 
     @cached_property
     def _shared(self) -> QuantizeConfig:

@@ -81,7 +81,7 @@ def measure(
         task = Task.cut(tokens, run.tokenizer, count=generations, tokens=generation_tokens, context=context)
 
     tell("the original")
-    original = original_decoder(source).to(device)
+    original = original_decoder(source, device=device)
     perplexity = {ORIGINAL: torch_perplexity(original, windows, ORIGINAL)}
     teacher = None if task is None else task.write(original)
     del original

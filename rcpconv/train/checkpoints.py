@@ -7,7 +7,8 @@ processes can go on from either.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
             path = path.with_suffix("")
             _save_parts(path, state)
         else:
-            with replacing(path) as temporary:
+            with replacing(path) as temporary, _without_checksums():
                 torch.save(state, temporary)
     except (NotSaved, RuntimeError, CheckpointException) as error:  # torch turns a full disk into a RuntimeError
         reason = _reason(error)
@@ -48,6 +49,17 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     if not distributed.rank():
         for old in _paths(run)[:-keep]:
             _delete(old)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Within, torch.save computes none, which more than doubles its speed; torch.load with mmap would read none."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _save_parts(path: Path, state: dict[str, Any]) -> None:

@@ -61,8 +61,9 @@ def rounding_noise(student: Decoder, x_BTC: Tensor, gradients: Gradients) -> dic
     """
     noise = dict.fromkeys(gradients, 0.0)
     for seed in range(_MOVED_INPUTS):
-        factor = 1 + ROUNDING * torch.randn(x_BTC.shape, generator=torch.Generator().manual_seed(seed))
-        moved = layer_gradients(student, student.layers[0], x_BTC * factor.to(x_BTC))
+        generator = torch.Generator(x_BTC.device).manual_seed(seed)
+        factor = 1 + ROUNDING * torch.randn(x_BTC.shape, generator=generator, device=x_BTC.device)
+        moved = layer_gradients(student, student.layers[0], x_BTC * factor)
         noise = {name: max(noise[name], value) for name, value in distances(gradients, moved).items()}
     return noise
 

@@ -92,7 +92,7 @@ class Trainer:
     ) -> None:
         """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
 
-        keep: leave a checkpoint of the last step and the curve of the loss.
+        keep: leave a checkpoint of the last step, where there are any, and the curve of the loss.
         """
         assert config.batch_size is not None and config.grad_accum is not None
         self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
@@ -209,7 +209,7 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    kept = last and self.keep
+                    kept = last and self.keep and c.checkpoint_every > 0
                     if stopped() or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:

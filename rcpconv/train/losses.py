@@ -9,6 +9,7 @@ Shape suffixes: B sequences, T positions, M tokens of a chunk, C hidden_size, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -77,9 +78,10 @@ def chunk_logits(device_type: str, low_memory: bool = False) -> int:
     return (CUDA_CHUNK // LOW_MEMORY_SHARE if low_memory else CUDA_CHUNK) if device_type == "cuda" else CPU_CHUNK
 
 
-def chunk_rows(vocab_size: int, device: torch.device, low_memory: bool = False) -> int:
-    """How many tokens' logits are computed at a time."""
-    return max(1, chunk_logits(device.type, low_memory) // vocab_size)
+def chunk_rows(count: int, vocab_size: int, device: torch.device, low_memory: bool = False) -> int:
+    """How many of so many tokens' logits are computed at a time: chunks of one size, where that divides them."""
+    most = max(1, chunk_logits(device.type, low_memory) // vocab_size)
+    return math.ceil(count / math.ceil(count / most))
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -135,7 +137,7 @@ def distill(
     target_M = F.pad(tokens_BT[:, 1:], (0, 1), value=UNKNOWN).flatten()
     count = len(target_M)
     loss_sum = kl_sum = torch.zeros((), device=tokens_BT.device)
-    rows = chunk_rows(student.architecture.vocab_size, tokens_BT.device, low_memory)
+    rows = chunk_rows(count, student.architecture.vocab_size, tokens_BT.device, low_memory)
     for part in (slice(start, start + rows) for start in range(0, count, rows)):
         hidden_leaf = hidden_MC.detach()[part].requires_grad_()
         logits_MV = student.head.logits(hidden_leaf, (table_leaf, scale))
@@ -159,7 +161,8 @@ def teacher_confidence(teacher: Decoder, batches: Iterable[Tensor]) -> float:
     total, count = 0.0, 0
     for tokens_BT in batches:
         hidden_MC = teacher.hidden(tokens_BT).flatten(0, 1)
-        for part_MC in hidden_MC.split(chunk_rows(teacher.architecture.vocab_size, tokens_BT.device)):
+        rows = chunk_rows(len(hidden_MC), teacher.architecture.vocab_size, tokens_BT.device)
+        for part_MC in hidden_MC.split(rows):
             total += float(teacher.logits(part_MC).softmax(dim=-1).amax(dim=-1).double().sum())
         count += tokens_BT.numel()
     return total / count

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Converts and trains models of real sizes on one GPU, and measures that, what matters most first.
+#
+#     examples/benchmarks/gpu_sizes.sh OUT [PART...]
+#
+# Each part has a time limit and may fail. As soon as one is done, its output is in OUT/sizes.txt, and all outputs and
+# JSON are in OUT/results.tar.gz. Without parts: the first five, which are meant to fit into 9 minutes; name the others
+# for a second call. Parts, with the time that each is thought to take on an H200:
+#
+#     chain          a checkpoint of random weights, three steps, file, rcp-run bench, sizes    200 s
+#     steps-0        the same checkpoint without training                                      70 s
+#     train-7b-full  memory and speed with all of the GPU's memory, and of plain training      150 s
+#     train-7b-80    memory and speed with --low-memory under a cap of 80 GiB                   90 s
+#     train-7b-48    the same under 48 GiB                                                      80 s
+#     1b, 3b         memory and speed with all of the memory, and of plain training             100 s each
+#     resume         kill -9 in training, resume, the same bytes as uninterrupted               150 s
+#
+# SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
+# MEASURED the steps to measure. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
+# QUANTIZE_OPTIONS and MEASURE_OPTIONS go to rcpconv quantize and measure_training.py.
+set -u
+cd "$(dirname "$0")/../.."
+out=$(realpath -m "$1")
+shift
+parts=" ${*:-chain steps-0 train-7b-full train-7b-80 train-7b-48} "
+export py=${PY:-python3} SEQ=${SEQ:-2048} MEASURED=${MEASURED:-3}
+export SHAPE_7B=${SHAPE_7B:-llama-2-7b} SHAPE_1B=${SHAPE_1B:-llama-3.2-1b} SHAPE_3B=${SHAPE_3B:-llama-3.2-3b}
+export QUANTIZE_OPTIONS=${QUANTIZE_OPTIONS:-} MEASURE_OPTIONS=${MEASURE_OPTIONS:-}
+end=${SECONDS_IN_ALL:-560}
+export PYTHONPATH="$PWD:$PWD/formats:$PWD/runtime${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false here=examples/benchmarks
+work=$(mktemp -d)
+mkdir -p "$out"
+
+# A new folder where so many GB are free, in memory if possible.
+folder() {
+    local place
+    for place in /dev/shm "${TMPDIR:-/tmp}" /var/tmp "$HOME"; do
+        if [[ -w $place ]] && (($(df --output=avail -B1000000000 "$place" | tail -n 1) >= $1)); then
+            mktemp -d "$place/rcp-sizes.XXXXXX"
+            return
+        fi
+    done
+    mktemp -d
+}
+needed=16
+[[ $SHAPE_7B == *7b* ]] || needed=1
+models=$(folder "$needed") runs=$(folder $((2 * needed)))
+export work models runs
+trap 'rm -rf "$work" "$models" "$runs"' EXIT
+
+# part NAME LIMIT COMMAND...: its output, at most LIMIT seconds of it, and where that leaves the results.
+part() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    [[ $parts == *" every "* || $parts == *" $name "* ]] || return 0
+    ((limit = end - began < limit ? end - began : limit))
+    if ((limit < 10)); then
+        echo "== $name: no time left" | tee -a "$out/sizes.txt"
+        return 0
+    fi
+    timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1
+    status=$?
+    {
+        echo "== $name: status $status after $((SECONDS - began)) of at most $limit s: ${*//$PWD\//}"
+        tail -c 6000 "$work/$name.txt"
+    } | tee -a "$out/sizes.txt"
+    tar -C "$work" -czf "$out/results.tmp" . && mv "$out/results.tmp" "$out/results.tar.gz"
+}
+
+# timed COMMAND...: how long it took.
+timed() {
+    local began status
+    began=$(date +%s.%N)
+    "$@"
+    status=$?
+    awk -v began="$began" -v now="$(date +%s.%N)" -v status=$status -v what="${*:1:5}" \
+        'BEGIN { printf "-- %.1f s, status %d: %s\n", now - began, status, what }'
+    return $status
+}
+checkpoint() {
+    [[ -d $models/$1 ]] || timed "$py" examples/make_synthetic_checkpoint.py "$1" "$models/$1"
+}
+chain() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+    df -h "$models" "$runs" | cat
+    "$py" -c 'import torch; print("torch", torch.__version__, torch.cuda.is_available())'
+    local run=$runs/chain file=$runs/chain.rcp
+    checkpoint "$SHAPE_7B" || return
+    # shellcheck disable=SC2086
+    timed "$py" -m rcpconv quantize "$models/$SHAPE_7B" --out "$run" --steps 3 --data demo --seq-len "$SEQ" \
+        --log-every 1 --checkpoint-every 0 --checkpoint-contents weights $QUANTIZE_OPTIONS || return
+    cat "$run/metrics.jsonl"
+    timed "$py" -m rcpconv export --run "$run" --out "$file" || return
+    "$py" - "$models/$SHAPE_7B" "$file" <<'END'
+import os, sys
+from pathlib import Path
+original = sum(path.stat().st_size for path in Path(sys.argv[1]).glob("*.safetensors"))
+file = os.path.getsize(sys.argv[2])
+print(f"sizes: checkpoint in 16 bits {original:,} bytes, file {file:,}: {original / file:.3f} times smaller")
+END
+    timed "$py" -m rcprun bench "$file" -p 512 -n 64 -d 0 -r 2 --json "$work/chain-bench.json"
+    timed "$py" -m rcprun "$file" --prompt "w1 w2 w3" --max-tokens 16 --seed 1
+}
+steps_0() {
+    checkpoint "$SHAPE_7B" || return
+    # shellcheck disable=SC2086
+    timed "$py" -m rcpconv quantize "$models/$SHAPE_7B" --out "$runs/steps-0" --steps 0 $QUANTIZE_OPTIONS || return
+    timed "$py" -m rcpconv export --run "$runs/steps-0" --out "$runs/steps-0.rcp"
+}
+# measured NAME CASE OPTIONS...: once more with another allocator where it fails for memory.
+measured() {
+    local name=$1 case=$2
+    shift 2
+    # shellcheck disable=SC2086
+    set -- "$py" $here/measure_training.py --case "$case" --steps "$MEASURED" "$@" $MEASURE_OPTIONS
+    timed "$@" --out "$work/$name.json" && return
+    grep -q "out of memory" "$work/$name.json" 2>/dev/null || return
+    echo "once more with expandable segments"
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timed "$@" --out "$work/$name-expandable.json"
+}
+resume() {
+    checkpoint "$SHAPE_1B" || return
+    # shellcheck disable=SC2086
+    timed "$py" $here/resume_drill.py "$models/$SHAPE_1B" "$runs/resume" -- --data demo --seq-len "$SEQ" \
+        --batch-size 1 --grad-accum 1 --compile off --keep-checkpoints 1 $QUANTIZE_OPTIONS
+}
+export -f timed checkpoint chain steps_0 measured resume
+
+rm -f "$out/sizes.txt"
+part chain 260 bash -c chain
+rm -rf "$runs"/chain*
+part steps-0 150 bash -c steps_0
+rm -rf "$runs"/steps-0*
+[[ $SHAPE_1B == "$SHAPE_7B" ]] || rm -rf "${models:?}/$SHAPE_7B"
+part train-7b-full 240 bash -c 'measured train-7b-full "$SHAPE_7B:full" --plain'
+part train-7b-80 150 bash -c 'measured train-7b-80 "$SHAPE_7B:80"'
+part train-7b-48 150 bash -c 'measured train-7b-48 "$SHAPE_7B:48"'
+part 1b 180 bash -c 'measured 1b "$SHAPE_1B:full" --plain'
+part 3b 200 bash -c 'measured 3b "$SHAPE_3B:full" --plain'
+part resume 240 bash -c resume

@@ -1,0 +1,63 @@
+"""examples/benchmarks/measure_training.py on a CPU: what it runs where a GPU is rented has run before."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+SCRIPT = Path(__file__).parents[3] / "examples" / "benchmarks" / "measure_training.py"
+OPTIONS = ["--case", "demo:full", "--device", "cpu", "--steps", "1", "--set", "seq_len=16"]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    found = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer_states": "int8", "teacher_weights": "int8", "master_weights": "bf16", "step_in_backward": "on"},
+        {"grad_checkpointing": "on", "batch_size": 2, "grad_accum": 2},
+    ],
+)
+def test_training_and_plain_training_are_measured(script: ModuleType, tmp_path: Path, settings: dict[str, Any]) -> None:
+    out = tmp_path / "results.json"
+    pairs = [x for name, value in settings.items() for x in ("--set", f"{name}={value}")]
+    done = CliRunner().invoke(script.main, [*OPTIONS, *pairs, "--plain", "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0 and ": QAT at " in done.output
+    (result,) = json.loads(out.read_text())
+    assert len(result["times"]) == 3 and result["seconds"] == result["times"][-1]
+    assert result["plain"]["training"] > 0 and result["plain"]["teacher"] > 0
+    assert {name: result["settings"][name] for name in settings} == settings
+    with pytest.raises(click.ClickException, match="nothing in it was measured on a GPU"):
+        script.factors([result])
+
+
+def test_too_little_memory_is_a_result_and_no_calibration(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(script, "_train", fail)
+    out = tmp_path / "results.json"
+    done = CliRunner().invoke(script.main, [*OPTIONS, "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 1 and "  failed  CUDA out of memory" in done.output
+    (result,) = json.loads(out.read_text())
+    measured = result | {"peak_allocated": 8 << 30, "seconds": 1.0}
+    assert not script._usable(measured)
+    del measured["error"]
+    found = script.factors([result, measured])
+    assert len(found.measured) == 1 and found.seconds["eager"] == round(1 / result["estimated_seconds"], 3)
