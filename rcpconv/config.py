@@ -448,7 +448,7 @@ class QuantizeConfig:
         "auto",
         choices=STATES,
         group=MACHINE,
-        help="What AdamW's two states are kept in. auto: fp32, or see --low-memory.",
+        help="What AdamW's two states are kept in; int8 needs torchao. auto: fp32, or see --low-memory.",
     )
     teacher_weights: str = _option(
         "auto",

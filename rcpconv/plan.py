@@ -61,6 +61,8 @@ class Machine:
     """Multiplications and additions a second of a large matmul, in the precision that training uses there."""
     compiles: bool = False
     """Whether training gains from torch.compile there."""
+    eight_bits: bool = False
+    """Whether optimizer states can be kept in 8 bits there."""
     gpus: int = 1
     """Devices of this kind, over which weights are spread; the other figures are of each."""
 
@@ -79,7 +81,10 @@ def look_at_machine(device: str) -> Machine:
         )
     if device == "cpu" or (device == "auto" and not available):
         name = f"CPU, {torch.get_num_threads()} threads"
-        return Machine(device="cpu", name=name, memory_bytes=_free_memory(), flops=_matmul_rate("cpu"))
+        eight_bits = find_spec("torchao") is not None
+        return Machine(
+            device="cpu", name=name, memory_bytes=_free_memory(), flops=_matmul_rate("cpu"), eight_bits=eight_bits
+        )
     device = "cuda:0" if device in ("auto", "cuda") else device
     if int(device.partition(":")[2]) >= torch.cuda.device_count():
         raise NotEnoughMachine(f"device {device}: expected one of {torch.cuda.device_count()} CUDA devices")
@@ -89,6 +94,7 @@ def look_at_machine(device: str) -> Machine:
         memory_bytes=torch.cuda.mem_get_info(device)[0],
         flops=_matmul_rate(device),
         compiles=find_spec("triton") is not None,
+        eight_bits=find_spec("torchao") is not None,
     )
 
 
@@ -105,6 +111,7 @@ def supposed_machine(gpus: int, gpu_bytes: float) -> Machine:
         memory_bytes=round(gpu_bytes),
         flops=SUPPOSED_FLOPS,
         compiles=True,
+        eight_bits=True,
         gpus=gpus,
     )
 
@@ -269,6 +276,8 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         )
     if config.precision == "bf16" and machine.kind == "cpu":
         raise BadOption("precision: bf16 needs a CUDA device; on a CPU use fp32")
+    if config.optimizer_states == "int8" and not machine.eight_bits:
+        raise BadOption("optimizer_states: int8 needs torchao: pip install 'rcpconv[low-memory]', or use bf16")
     precision = config.precision if config.precision != "auto" else ("bf16" if machine.kind == "cuda" else "fp32")
     if config.method in UNTRAINED or config.steps == 0:
         config = config.changed(steps=0, tokens=None, data=())
@@ -366,7 +375,8 @@ def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, st
             yield "optimizer_states", "bf16"
         yield "teacher_weights", "int8"
         if config.optimizer == "adamw":
-            yield "optimizer_states", "int8"
+            if machine.eight_bits:
+                yield "optimizer_states", "int8"
             if not config.ema:
                 yield "master_weights", "bf16"
 

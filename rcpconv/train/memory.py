@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcpconv.errors import BadOption
 from rcpconv.layers import FloatLinear, FloatTable, QuantLinear, QuantTable
 from rcpconv.quantizers.tables import int8_rows
 
@@ -28,11 +28,8 @@ _SLICE = 1 << 24
 _CLIP_EPS = 1e-6
 """As in torch.nn.utils.clip_grads_with_norm_."""
 _EPS = 1e-8
-_SMALLEST_SCALE = 1e-38
-"""Of 8-bit states: what a block of zeros is divided by."""
 _PRIME = 1_000_003
-_DECADES = 7
-"""Powers of ten between the largest and the smallest value that 8 bits tell from 0."""
+_INSTALL = "pip install 'rcpconv[low-memory]' (torchao)"
 
 Group = dict[str, Any]
 
@@ -85,51 +82,10 @@ class StepInBackward:
         return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
 
 
-@cache
-def dynamic_values(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(the 256 values that 8 bits stand for, in -1..1 or 0..1, the 255 middles between them), both ascending.
-
-    In each power of ten as many again as in the one below, evenly spread; besides them 0 and 1 (arXiv 2110.02861).
-    """
-    found = [torch.zeros(1), torch.ones(1)]
-    for i in range(_DECADES):
-        bounds = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        values = 10.0 ** (i + 1 - _DECADES) * (bounds[1:] + bounds[:-1]) / 2
-        found += [values, -values] if signed else [values]
-    values = torch.cat(found).sort().values
-    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
-
-
-class EightBits:
-    """Float32 values kept as 8-bit codes with a scale for each BLOCK of them; 0 at first."""
-
-    def __init__(self, count: int, signed: bool, device: torch.device) -> None:
-        """count: a multiple of BLOCK."""
-        self.signed = signed
-        self.codes = torch.zeros(count, dtype=torch.uint8, device=device)
-        self.scale = torch.zeros(count // BLOCK, device=device)
-
-    def read(self) -> Tensor:
-        """The values (count,) float32."""
-        values, _ = dynamic_values(self.signed, self.codes.device)
-        return values[self.codes.int()].view(-1, BLOCK).mul_(self.scale[:, None]).view(-1)
-
-    def copy_(self, x: Tensor) -> None:
-        """Keep these values (count,) float32."""
-        _, middles = dynamic_values(self.signed, x.device)
-        blocks = x.view(-1, BLOCK)
-        self.scale.copy_(blocks.abs().amax(dim=1))
-        shares = blocks / self.scale[:, None].clamp(min=_SMALLEST_SCALE)
-        self.codes.copy_(torch.bucketize(shares.view(-1), middles, out_int32=True))
-
-
-State = Tensor | EightBits
-
-
 class LeanAdamW:
     """AdamW whose two states are kept in fewer bits, for weights in float32 or bfloat16. All arithmetic is float32.
 
-    states: "fp32", "bf16" or "int8" (blocks of 256 with a scale, dynamic 8-bit values of arXiv 2110.02861).
+    states: "fp32", "bf16" or "int8" (blocks of 256 with a scale, dynamic 8-bit values of arXiv 2110.02861, by torchao).
     Weights in bfloat16 are rounded up or down at random (arXiv 2010.06192), or small updates would be lost; the random
     numbers follow from seed, parameter and step alone.
     """
@@ -139,7 +95,7 @@ class LeanAdamW:
         self.param_groups, self.first = groups, first
         self.betas, self.states, self.seed = betas, states, seed
         self.steps = 0
-        self.moments: dict[int, list[tuple[State, State]]] = {}
+        self.moments: dict[int, list[tuple[Tensor, ...]]] = {}
         """By the parameter's place: the two states of each slice."""
 
     def _places(self) -> Iterator[tuple[int, nn.Parameter, Group]]:
@@ -149,13 +105,13 @@ class LeanAdamW:
                 yield place, parameter, group
                 place += 1
 
-    def _zeros(self, place: int, like: Tensor) -> list[tuple[State, State]]:
+    def _zeros(self, place: int, like: Tensor) -> list[tuple[Tensor, ...]]:
         sizes = [len(part) for part in _slices(like.detach())]
         if self.states == "int8" and sum(sizes) >= SMALLEST_IN_8_BITS and sum(sizes) % BLOCK == 0:
-            return [(EightBits(n, True, like.device), EightBits(n, False, like.device)) for n in sizes]
+            state = eight_bits()
+            return [tuple(state.zeros(n, signed, BLOCK, like.device) for signed in (True, False)) for n in sizes]
         dtype = torch.bfloat16 if self.states == "bf16" else torch.float32
-        pairs = (torch.zeros(2, n, dtype=dtype, device=like.device) for n in sizes)
-        return [(pair[0], pair[1]) for pair in pairs]
+        return [tuple(torch.zeros(2, n, dtype=dtype, device=like.device)) for n in sizes]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -172,7 +128,7 @@ class LeanAdamW:
                 self._update(weight, gradient.float(), mean, square, group, random)
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, mean: State, square: State, group: Group, random: torch.Generator
+        self, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Group, random: torch.Generator
     ) -> None:
         beta1, beta2 = self.betas
         m = _read(mean).lerp_(gradient, 1 - beta1)
@@ -208,23 +164,34 @@ class LeanAdamW:
                     _restore(tensor, value)
 
 
+def eight_bits() -> Any:
+    """The tensor class of 8-bit states. Raises BadOption without torchao."""
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise BadOption(f"optimizer_states: int8 needs torchao ({error}): {_INSTALL}, or use bf16") from error
+    return OptimState8bit
+
+
 def _slices(x: Tensor) -> tuple[Tensor, ...]:
     """The values that are on this device, some at a time; views where they lie in order."""
     here: Tensor = x.to_local() if hasattr(x, "to_local") else x
     return here.reshape(-1).split(_SLICE)  # type: ignore[no-any-return]
 
 
-def _read(state: State) -> Tensor:
+def _read(state: Tensor) -> Tensor:
     """A float32 copy."""
-    return state.read() if isinstance(state, EightBits) else state.to(torch.float32, copy=True)
+    if hasattr(state, "codes"):
+        return state.dequantize()
+    return state.to(torch.float32, copy=True)
 
 
-def _plain(state: State) -> Any:
-    return {"codes": state.codes, "scale": state.scale} if isinstance(state, EightBits) else state
+def _plain(state: Any) -> Any:
+    return {"codes": state.codes, "scale": state.scale} if hasattr(state, "codes") else state
 
 
-def _restore(state: State, value: Any) -> None:
-    if isinstance(state, EightBits):
+def _restore(state: Any, value: Any) -> None:
+    if isinstance(value, dict):
         state.codes.copy_(value["codes"])
         state.scale.copy_(value["scale"])
     else:

@@ -130,11 +130,15 @@ def test_without_low_memory_nothing_is_rounded_and_the_refusal_names_it(tmp_path
         found.require_machine(tmp_path)
 
 
-def test_given_savings_stay() -> None:
+def test_given_savings_stay_and_8_bits_need_their_library() -> None:
     _, chosen = one_gpu(48, low_memory=True, optimizer_states="bf16", grad_accum=4)
     assert chosen == ("off", "bf16", "int8", "bf16")
     _, chosen = one_gpu(48, low_memory=True, optimizer="muon")
     assert chosen == ("on", "fp32", "int8", "fp32")
+    small = dataclasses.replace(H200, memory_bytes=48 * 2**30)
+    assert plan(LLAMA_2_7B, small, low_memory=True).config.optimizer_states == "bf16"
+    with pytest.raises(BadOption, match=r"int8 needs torchao: pip install 'rcpconv\[low-memory\]'"):
+        plan(LLAMA_2_7B, H200, optimizer_states="int8")
 
 
 def test_every_saving_saves_and_says_what() -> None:
