@@ -72,6 +72,10 @@ class Option:
     high: float | None = None
     count: bool = False
     """Takes 20M for 20,000,000."""
+    pattern: str = ""
+    """A regular expression for the whole of a string."""
+    pattern_help: str = ""
+    """What `pattern` asks for, in words."""
     many: int = 1
     """How many values: 1, another fixed number, or 0 for any number."""
     optional: bool = False
@@ -95,6 +99,8 @@ class Option:
             value = float(value)
         if type(value) is not self.type:  # a bool is no integer here
             raise BadOption(f"{name}: expected {_TYPE_NAMES[self.type]}, found {value!r}")
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            raise BadOption(f"{name}: expected a value {self.pattern_help}; found {value!r}")
         if self.choices and value not in self.choices:
             raise BadOption(f"{name}: expected one of {', '.join(map(str, self.choices))}; found {value!r}")
         if self.type is float and not math.isfinite(value):
@@ -147,6 +153,15 @@ class QuantizeConfig:
         "alone); uniform: BitDistiller; seq: ParetoQ; r2q: two 1-bit stages; rtn: round to nearest, no training.",
     )
     group_size: int = _option(128, type=int, choices=(64, 128), group=FORM, help="Weights that share four levels.")
+    group_size_of: tuple[str, ...] = _option(
+        (),
+        many=0,
+        group=FORM,
+        pattern=r"(layers\.\d+\.)?(q|k|v|o|gate|up|down)_proj=(64|128)",
+        pattern_help="such as down_proj=64 or layers.0.q_proj=64",
+        help="Another group size for some linears, such as down_proj=64, or layers.0.down_proj=64 in one layer; may be "
+        "repeated, and the last one that fits holds.",
+    )
     a_bits: int = _option(
         4, type=int, choices=(4, 8, 16), group=FORM, help="Bits of the activations; 16: as they are, never in a file."
     )

@@ -43,7 +43,7 @@ _ELSEWHERE = {
 """Settings that are not a variant's to choose -> the option that decides them for all."""
 _ONLY_COMMON = ("self_tokens",)
 _ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
-_FORM = ("group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
+_FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
 """Settings that make a model larger, or easier to quantize: not a method's merit."""
 _MAY_CHANGE = ("variants", "seeds", "best")
 """Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""

@@ -33,6 +33,7 @@ from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpformat import spec
+from rcpformat.reader import RcpFile
 from tiny_checkpoints import make_tiny_checkpoint
 from tiny_trainings import (
     SETTINGS,
@@ -343,12 +344,18 @@ def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
         {"tables": "two", "head_bits": 16, "group_size": 64, "loss": "kl", "grad_checkpointing": "on"},
         {"r1": False, "r2": False, "r3": False, "r4": False, "embed_bits": 16, "head_bits": 16, "loss": "mix"},
         {"a_bits": 8, "kv_bits": 8, "grad_accum": 1, "temperature": 2.0, "weight_decay": 0.1},
+        {"group_size_of": ("down_proj=64", "layers.1.q_proj=64", "layers.1.down_proj=128")},
     ]
     for i, settings in enumerate(shapes):
         run = train(checkpoint, text, tmp_path / str(i), steps=2, **settings)
         assert set(run.tensor_names()) == spec.expected_tensors(run.architecture, run.quantization).keys() - {
             "tokenizer.json"
         }
+    assert run.quantization.group_size_overrides == {"layers.0.mlp.down": 64, "layers.1.attn.q": 64}
+    export(run, tmp_path / "model.rcp")
+    with RcpFile.open(tmp_path / "model.rcp") as file:
+        groups = {name: file.linear(name).group_size for name in spec.linear_names(file.architecture)}
+    assert {name for name, size in groups.items() if size == 64} == run.quantization.group_size_overrides.keys()
 
 
 @pytest.mark.parametrize("bits", [{"a_bits": 16}, {"kv_bits": 16}])
