@@ -331,6 +331,17 @@ class QuantizeConfig:
         help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
         "with error feedback besides (feedback: ldp, lc, seq, r2q).",
     )
+    rotation_steps: int = _option(
+        0,
+        type=int,
+        low=0,
+        group=TRAINING,
+        help="Steps in which R1 and R2 are learned before all else, from Hadamard matrices on, as in SpinQuant; merged "
+        "into the weights. With one table R1 stays.",
+    )
+    rotation_lr: float = _option(
+        1e-2, type=float, above=0, group=TRAINING, help="Peak learning rate of --rotation-steps."
+    )
     a_clip: float = _option(
         0.9,
         type=float,
@@ -540,6 +551,8 @@ class QuantizeConfig:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:
             raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
+        if self.rotation_steps and self.steps == 0:
+            raise BadOption(f"rotation_steps: {self.rotation_steps} need training text, which steps 0 does without")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

@@ -30,7 +30,8 @@ from rcpconv.errors import BadOption, NotSaved, TrainingDiverged
 from rcpconv.layers import LearnedClip, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.prepare import rotation_signs
-from rcpconv.runs import METRICS, PLOT, Run
+from rcpconv.rotations import LearnedRotations
+from rcpconv.runs import METRICS, PLOT, ROTATIONS, Run
 from rcpconv.scheme import UNQUANTIZED
 from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean, pull_to_levels
@@ -39,7 +40,8 @@ from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_
 from rcpconv.train.memory import StepInBackward, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
-from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
+from rcpconv.train.rotations import learn_rotations
+from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data, start_from_weights
 from rcpconv.train.tokens import Mixture, Sequences
 
 CONFIDENCE_BATCHES = 4
@@ -104,6 +106,7 @@ class Trainer:
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)
+        self.rotations = self._learned_rotations(turn=checkpoint is None) if config.rotation_steps else None
         if config.start != "weights" and checkpoint is None:
             batches = range(0, CALIBRATION_SEQUENCES, self.batch)
             start_from_data(student, [self._tokens(i, self.batch) for i in batches], config.start == "feedback")
@@ -125,6 +128,28 @@ class Trainer:
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _learned_rotations(self, *, turn: bool) -> LearnedRotations:
+        """Those in the run folder, where they are kept once learned; with `turn` the student is turned by them."""
+        c, path = self.config, self.run.folder / ROTATIONS
+        with distributed.first_before_others():
+            if not path.exists():
+                learn_rotations(
+                    self.student,
+                    self.teacher,
+                    lambda step: self._tokens(step * self.batch, self.batch),
+                    steps=c.rotation_steps,
+                    rate=c.rotation_lr,
+                    r1=c.r1 and not self.student.architecture.tied_table,
+                    r2=c.r2,
+                    tell=lambda text: self.console.print(text, highlight=False),
+                    low_memory=c.low_memory,
+                ).save(path)
+        rotations = LearnedRotations.load(path)
+        if turn:
+            rotations.turn(dict(self.student.named_parameters()))
+            start_from_weights(self.student)
+        return rotations
 
     def _state(self) -> dict[str, Any]:
         """All that a checkpoint holds."""
@@ -169,8 +194,10 @@ class Trainer:
         if not c.hidden_loss:
             return None
         signs = rotation_signs(a.hidden_size, c.seed).to(self.device, torch.float32) if c.r1 else None
+        learned = None if self.rotations is None else self.rotations.r1_CC
+        learned = None if learned is None else learned.to(self.device, torch.float32)
         left = 1 - (1 - c.hidden_end) * self.counters.step / self.steps
-        return Matching(weight=left * c.hidden_loss, signs=signs)
+        return Matching(weight=left * c.hidden_loss, signs=signs, learned_CC=learned)
 
     def _loss(self) -> Loss:
         c, counters = self.config, self.counters
