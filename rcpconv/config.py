@@ -393,6 +393,17 @@ class QuantizeConfig:
         group=TRAINING,
         help="Share of the steps that pass before activations and KV cache are quantized: progressive bits.",
     )
+    progressive_bits: int = _option(
+        2,
+        type=int,
+        choices=(2, 3, 4),
+        group=TRAINING,
+        help="Bits of the weights in the first --progressive-share of the steps, by round to nearest; levels of 2 bits "
+        "are fitted to them then.",
+    )
+    progressive_share: float = _option(
+        0.2, type=float, low=0, high=0.95, group=TRAINING, help="Share of the steps with --progressive-bits."
+    )
     freeze: float = _option(
         0.0,
         type=float,

@@ -379,7 +379,7 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "step_in_backward": "off", "optimizer_states": "fp32", "teacher_weights": "int8", "master_weights": "fp32",
         "checkpoint_contents": "weights", "step_sequences": 4, "lr_factor": 2.0, "quantizer_factor": 5.0,
         "clip_factor": 3.0, "activations_from": 0.1, "freeze": 0.2, "pull": 0.01, "mix_share": 0.25,
-        "rotation_steps": 7, "rotation_lr": 2e-3,
+        "rotation_steps": 7, "rotation_lr": 2e-3, "progressive_bits": 3, "progressive_share": 0.3,
         "group_size_of": ("q_proj=128",),
     }  # fmt: skip
     arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4", "--low-memory"]

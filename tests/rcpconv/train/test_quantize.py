@@ -151,6 +151,41 @@ def test_activations_are_quantized_late_and_always_in_the_end(
     assert run.quantization.a_bits == 4
 
 
+@pytest.mark.parametrize("start", ["weights", "feedback"])
+def test_weights_have_more_bits_at_first_and_two_in_the_end(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    settings: dict[str, Any] = {"progressive_bits": 4, "progressive_share": 0.45, "steps": 10, "ema": 0.9}
+    settings |= {"start": start, "checkpoint_every": 2}
+    bits: list[int] = []
+    update = Trainer._update
+
+    def watch(trainer: Trainer, loss: Any) -> None:
+        update(trainer, loss)
+        (found,) = {linear.bits for linear in trainer.linears}
+        bits.append(found)
+
+    monkeypatch.setattr(Trainer, "_update", watch)
+    run = train(checkpoint, text, tmp_path / "run", **settings)
+    assert bits == [4] * 4 + [2] * 6
+    kl = [line["kl"] for line in metrics(run.folder)]
+    assert max(kl[:4]) < min(kl[4:])
+    export(run, tmp_path / "model.rcp")  # compares the file's weights with the trained ones
+
+    for stop in (4, 6):  # before the first step of 2 bits, and after it
+
+        def stopping(trainer: Trainer, loss: Any, stop: int = stop) -> None:
+            update(trainer, loss)
+            if trainer.counters.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Trainer, "_update", stopping)
+        with pytest.raises(Interrupted):
+            train(checkpoint, text, tmp_path / str(stop), **settings)
+        monkeypatch.setattr(Trainer, "_update", update)
+        assert_same_result(resume(tmp_path / str(stop)), run)
+
+
 def test_a_mean_and_two_optimizers_are_resumed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     settings = {"ema": 0.9, "optimizer": "muon", "eval_data": str(text), "max_eval_tokens": 500, "eval_every": 5}
     whole = train(checkpoint, text, tmp_path / "whole", **settings)
