@@ -23,6 +23,8 @@ from rcpconv.errors import BadOption
 METHODS = ("ldp", "ldp-udq", "lc", "uniform", "seq", "r2q", "rtn")
 UNTRAINED = ("rtn",)
 """Methods without training."""
+NEEDS_TEXT = ("start", "rotation_steps")
+"""Settings that training text is read for, beside training itself."""
 TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 SCHEDULES = ("cosine", "linear")
@@ -649,9 +651,19 @@ def build_config(model: str | None, recipe: Path | str | None, given: Mapping[st
     settings = read_recipe(DEFAULT_RECIPE) if recipe is None or recipe not in RECIPES else {}
     if (model or asked.get("model")) == DEMO:
         settings = beating(settings, read_recipe(DEMO))
-    settings = beating(settings, asked)
-    settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
+    asked = beating(asked, dict(given) | ({} if model is None else {"model": model}))
+    settings = beating(settings if trains(asked) else without_text(settings), asked)
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
+
+
+def trains(settings: Mapping[str, Any]) -> bool:
+    """Whether there is anything to train."""
+    return settings.get("method") not in UNTRAINED and settings.get("steps") != 0
+
+
+def without_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that suit what is not trained."""
+    return {name: value for name, value in settings.items() if name not in NEEDS_TEXT}
 
 
 def beating(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
