@@ -18,29 +18,35 @@ class Clock:
     def __init__(self, minutes: float | None, comparison: Comparison) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         self.comparison = comparison
-        self.longest: dict[str, float] = {}
-        """Seconds of the longest cell so far, by kind."""
+        self.seconds: dict[str, list[float]] = {}
+        """Of every cell that is done, by kind."""
+        self.begun = False
         self.short = False
         """Whether some cell was not begun, or not finished, for want of time."""
 
     def took(self, cell: Cell, seconds: float) -> None:
         """Learn from a cell that is done, now or in an earlier call."""
-        self.longest[cell.kind] = max(seconds, self.longest.get(cell.kind, 0.0))
+        self.seconds.setdefault(cell.kind, []).append(seconds)
 
     def may(self, cell: Cell) -> bool:
-        """Whether a cell would probably end in time: if it takes as long as the longest of its kind.
-
-        Where none of its kind is done, it takes as long as the longest of the sweep for each token; the first of all is
-        begun.
-        """
-        if self.end is None:
+        """Whether a cell would probably end in time, and so may be begun; the first one always may."""
+        if self.end is None or not self.begun:
+            self.begun = True
             return True
-        c, seconds = self.comparison, self.longest.get(cell.kind)
-        if seconds is None:
-            seconds = self.longest.get(SWEEP, 0.0) * c.tokens / c.sweep_tokens
-        in_time = time.monotonic() + seconds <= self.end
+        in_time = time.monotonic() + self.estimate(cell) <= self.end
         self.short |= not in_time
         return in_time
+
+    def estimate(self, cell: Cell) -> float:
+        """Seconds of the longest cell of this kind so far.
+
+        Where there is none, those of the shortest of the sweep for each token, and how much longer the longest took,
+        for what depends on no tokens (compiling).
+        """
+        if cell.kind in self.seconds:
+            return max(self.seconds[cell.kind])
+        c, swept = self.comparison, self.seconds.get(SWEEP, [0.0])
+        return min(swept) * c.tokens / c.sweep_tokens + max(swept) - min(swept)
 
     @contextmanager
     def alarm(self) -> Iterator[None]:

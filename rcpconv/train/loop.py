@@ -106,7 +106,7 @@ class Trainer:
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)
-        self.rotations = self._learned_rotations(turn=checkpoint is None) if config.rotation_steps else None
+        self.learned_CC = self._learn_rotations(turn=checkpoint is None) if config.rotation_steps else None
         self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
         if config.start != "weights" and checkpoint is None and not self.two_bits_from:
             self._start_from_data()
@@ -131,8 +131,8 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint)
 
-    def _learned_rotations(self, *, turn: bool) -> LearnedRotations:
-        """Those in the run folder, where they are kept once learned; with `turn` the student is turned by them."""
+    def _learn_rotations(self, *, turn: bool) -> Tensor | None:
+        """Learn rotations, or read those that the run folder has; with `turn`, turn the student. R1's part (C, C)."""
         c, path = self.config, self.run.folder / ROTATIONS
         with distributed.first_before_others():
             if not path.exists():
@@ -151,7 +151,7 @@ class Trainer:
         if turn:
             rotations.turn(dict(self.student.named_parameters()))
             start_from_weights(self.student)
-        return rotations
+        return None if rotations.r1_CC is None else rotations.r1_CC.to(self.device, torch.float32)
 
     def _start_from_data(self) -> None:
         batches = [self._tokens(i, self.batch) for i in range(0, CALIBRATION_SEQUENCES, self.batch)]
@@ -211,10 +211,8 @@ class Trainer:
         if not c.hidden_loss:
             return None
         signs = rotation_signs(a.hidden_size, c.seed).to(self.device, torch.float32) if c.r1 else None
-        learned = None if self.rotations is None else self.rotations.r1_CC
-        learned = None if learned is None else learned.to(self.device, torch.float32)
         left = 1 - (1 - c.hidden_end) * self.counters.step / self.steps
-        return Matching(weight=left * c.hidden_loss, signs=signs, learned_CC=learned)
+        return Matching(weight=left * c.hidden_loss, signs=signs, learned_CC=self.learned_CC)
 
     def _loss(self) -> Loss:
         c, counters = self.config, self.counters

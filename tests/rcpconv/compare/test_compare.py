@@ -334,14 +334,18 @@ def test_nothing_is_begun_that_would_end_too_late(place: Path, tmp_path: Path) -
     clock = Clock(1, tiny(place))
     sweep, final = (Cell(kind=kind, variant="ldp", rates=Rates(lr=1e-3)) for kind in ("sweep", FINAL))
     assert clock.may(sweep) and clock.may(final) and not clock.short, "nothing is known of either"
-    clock.took(sweep, 40)
-    assert clock.may(sweep) and not clock.may(final), "twice as many tokens"
+    clock.took(sweep, 50)
+    clock.took(sweep, 30)
+    assert clock.estimate(final) == 80, "twice as many tokens, and 20 seconds of something else"
+    assert clock.may(sweep) and not clock.may(final)
     assert clock.short
     clock.took(final, 50)
     assert clock.may(final)
     clock.took(sweep, 70)
-    clock.took(sweep, 1)
     assert not clock.may(sweep)
+    again = Clock(1, tiny(place))
+    again.took(sweep, 70)
+    assert again.may(sweep) and not again.may(sweep), "something is begun in every call"
     assert Clock(None, tiny(place)).may(sweep)
     said = io.StringIO()
     assert compare(tiny(place), tmp_path / "out", device="cpu", minutes=1e-9, console=Console(file=said)) is None
