@@ -13,10 +13,12 @@ from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadOption, BadRun
 from rcpconv.evaluate import tokenize
 from rcpconv.export import export
+from rcpconv.heldout import read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.prepare import original_decoder, prepare, rotated_decoder, student_decoder
 from rcpconv.quantizers.base import to_groups
+from rcpconv.report.measure import measure
 from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import ROTATIONS
 from rcpconv.train.rotations import _FollowingLevels, learn_rotations
@@ -138,12 +140,23 @@ def test_a_run_with_learned_rotations_is_exact_and_survives_a_kill(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     """With matched streams, which need the rotation after a resume too."""
-    settings: dict[str, Any] = {"rotation_steps": 6, "rotation_lr": 3e-3, "tables": "two", "hidden_loss": 0.5}
+    settings: dict[str, Any] = {"rotation_steps": 6, "rotation_lr": 0.3, "tables": "two", "hidden_loss": 0.5}
     settings |= {"steps": 6, "checkpoint_every": 2}
     whole = train(checkpoint, text, tmp_path / "whole", **settings)
     assert export(whole, tmp_path / "model.rcp").nbytes > 0  # compares the file's weights with the trained ones
     rotations = LearnedRotations.load(whole.folder / ROTATIONS)
     assert rotations.r1_CC is not None and rotations.r1_CC.dtype == torch.float64
+    found = measure(
+        whole,
+        load_source(str(checkpoint)),
+        read_text(text),
+        max_tokens=200,
+        generations=0,
+        generation_tokens=1,
+        device=torch.device("cpu"),
+        tell=lambda what: None,
+    )
+    assert found.outputs_after["layers.0.attn.o"] < 0.8, "of a stream turned by another rotation it is 1.5"
 
     def begin() -> int:
         train(checkpoint, text, tmp_path / "killed", **settings)
