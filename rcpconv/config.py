@@ -23,6 +23,8 @@ from rcpconv.errors import BadOption
 METHODS = ("ldp", "ldp-udq", "lc", "uniform", "seq", "r2q", "rtn")
 UNTRAINED = ("rtn",)
 """Methods without training."""
+NEEDS_TEXT = ("start", "rotation_steps")
+"""Settings that training text is read for, beside training itself."""
 TABLES = ("auto", "one", "two")
 LOSSES = ("kl", "cakld", "mix")
 SCHEDULES = ("cosine", "linear")
@@ -72,6 +74,10 @@ class Option:
     high: float | None = None
     count: bool = False
     """Takes 20M for 20,000,000."""
+    pattern: str = ""
+    """A regular expression for the whole of a string."""
+    pattern_help: str = ""
+    """What `pattern` asks for, in words."""
     many: int = 1
     """How many values: 1, another fixed number, or 0 for any number."""
     optional: bool = False
@@ -95,6 +101,8 @@ class Option:
             value = float(value)
         if type(value) is not self.type:  # a bool is no integer here
             raise BadOption(f"{name}: expected {_TYPE_NAMES[self.type]}, found {value!r}")
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            raise BadOption(f"{name}: expected a value {self.pattern_help}; found {value!r}")
         if self.choices and value not in self.choices:
             raise BadOption(f"{name}: expected one of {', '.join(map(str, self.choices))}; found {value!r}")
         if self.type is float and not math.isfinite(value):
@@ -147,6 +155,15 @@ class QuantizeConfig:
         "alone); uniform: BitDistiller; seq: ParetoQ; r2q: two 1-bit stages; rtn: round to nearest, no training.",
     )
     group_size: int = _option(128, type=int, choices=(64, 128), group=FORM, help="Weights that share four levels.")
+    group_size_of: tuple[str, ...] = _option(
+        (),
+        many=0,
+        group=FORM,
+        pattern=r"(layers\.\d+\.)?(q|k|v|o|gate|up|down)_proj=(64|128)",
+        pattern_help="such as down_proj=64 or layers.0.q_proj=64",
+        help="Another group size for some linears, such as down_proj=64, or layers.0.down_proj=64 in one layer; may be "
+        "repeated, and the last one that fits holds.",
+    )
     a_bits: int = _option(
         4, type=int, choices=(4, 8, 16), group=FORM, help="Bits of the activations; 16: as they are, never in a file."
     )
@@ -316,6 +333,17 @@ class QuantizeConfig:
         help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
         "with error feedback besides (feedback: ldp, lc, seq, r2q).",
     )
+    rotation_steps: int = _option(
+        0,
+        type=int,
+        low=0,
+        group=TRAINING,
+        help="Steps in which R1 and R2 are learned before all else, from Hadamard matrices on, as in SpinQuant; merged "
+        "into the weights. With one table R1 stays.",
+    )
+    rotation_lr: float = _option(
+        1e-2, type=float, above=0, group=TRAINING, help="Peak learning rate of --rotation-steps."
+    )
     a_clip: float = _option(
         0.9,
         type=float,
@@ -366,6 +394,17 @@ class QuantizeConfig:
         high=0.95,
         group=TRAINING,
         help="Share of the steps that pass before activations and KV cache are quantized: progressive bits.",
+    )
+    progressive_bits: int = _option(
+        2,
+        type=int,
+        choices=(2, 3, 4),
+        group=TRAINING,
+        help="Bits of the weights in the first --progressive-share of the steps, by round to nearest; levels of 2 bits "
+        "are fitted to them then.",
+    )
+    progressive_share: float = _option(
+        0.2, type=float, low=0, high=0.95, group=TRAINING, help="Share of the steps with --progressive-bits."
     )
     freeze: float = _option(
         0.0,
@@ -525,6 +564,8 @@ class QuantizeConfig:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:
             raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
+        if self.rotation_steps and self.steps == 0:
+            raise BadOption(f"rotation_steps: {self.rotation_steps} need training text, which steps 0 does without")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:
@@ -610,9 +651,19 @@ def build_config(model: str | None, recipe: Path | str | None, given: Mapping[st
     settings = read_recipe(DEFAULT_RECIPE) if recipe is None or recipe not in RECIPES else {}
     if (model or asked.get("model")) == DEMO:
         settings = beating(settings, read_recipe(DEMO))
-    settings = beating(settings, asked)
-    settings = beating(settings, dict(given) | ({} if model is None else {"model": model}))
+    asked = beating(asked, dict(given) | ({} if model is None else {"model": model}))
+    settings = beating(settings if trains(asked) else without_text(settings), asked)
     return QuantizeConfig.from_mapping(settings, "options" if recipe is None else f"{recipe} and options")
+
+
+def trains(settings: Mapping[str, Any]) -> bool:
+    """Whether there is anything to train."""
+    return settings.get("method") not in UNTRAINED and settings.get("steps") != 0
+
+
+def without_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that suit what is not trained."""
+    return {name: value for name, value in settings.items() if name not in NEEDS_TEXT}
 
 
 def beating(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:

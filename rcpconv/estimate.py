@@ -87,8 +87,10 @@ def linear_weights(architecture: Architecture) -> int:
 def parameters(architecture: Architecture, quantization: Quantization) -> tuple[int, int]:
     """(numbers that are weights, numbers that are weight quantizers') of what is trained."""
     a = architecture
-    shapes = [spec.linear_shape(a, kind) for kind in spec.LINEARS]
-    groups = a.num_layers * sum(n * spec.ceil_div(k, quantization.group_size) for n, k in shapes)
+    groups = 0
+    for name in spec.linear_names(a):
+        n, k = spec.linear_shape(a, spec.linear_kind(name))
+        groups += n * spec.ceil_div(k, quantization.group_of(name))
     tables = a.vocab_size * a.hidden_size * (1 if a.tied_table else 2)
     return linear_weights(a) + tables, _QUANTIZER_PARAMETERS * groups
 

@@ -23,6 +23,8 @@ from rcpconv.quantizers.functional import (
     quantize_activations,
 )
 from rcpconv.quantizers.tables import fake_quantize_rows, int8_rows
+from rcpconv.quantizers.uniform import rounded_finely
+from rcpconv.scheme import WEIGHT_BITS
 from rcpformat.spec import SMALLEST_CLIP
 
 
@@ -82,10 +84,15 @@ class QuantLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.quantizer = quantizer
         self.options = options
+        self.bits = WEIGHT_BITS
+        """More of them stand for that many bits by round to nearest, instead of what the quantizer says."""
 
     def forward(self, x: Quantized) -> Tensor:
         """(..., K) codes -> (..., N) float32."""
-        integers, scale = self.quantizer(self.weight)
+        if self.bits == WEIGHT_BITS:
+            integers, scale = self.quantizer(self.weight)
+        else:
+            integers, scale = rounded_finely(self.weight, self.quantizer.group_size, self.bits)
         return integer_linear(x, integers, scale, self.bias, self.options.half)
 
     def bake(self) -> WeightCodes:

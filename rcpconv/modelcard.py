@@ -147,7 +147,7 @@ def _recipe(metadata: RcpMetadata) -> str:
     a, q = metadata.architecture, metadata.quantization
     rows: dict[str, Any] = {
         "architecture": f"{a.model_type}, {a.num_layers} layers, hidden {a.hidden_size}, vocabulary {a.vocab_size}",
-        "weights": f"2 bits ({q.method}), four int8 levels for each {q.group_size}",
+        "weights": f"2 bits ({q.method}), four int8 levels for each {' or '.join(map(str, q.group_sizes))}",
         "embedding and head": f"{q.embed_bits} and {q.head_bits} bits" + (", one table" if a.tied_table else ""),
         "rotations": ", ".join(name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)) or "none",
     }

@@ -258,10 +258,37 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e3:,.0f} kB"
 
 
-def quantization_of(config: QuantizeConfig) -> Quantization:
-    """The file's scheme, or that of a run which cannot become a file."""
+def quantization_of(config: QuantizeConfig, architecture: Architecture) -> Quantization:
+    """The file's scheme, or that of a run which cannot become a file. Raises BadOption for a layer not there."""
     names = ("method", "group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "r1", "r2", "r3", "r4")
-    return read_scheme({name: getattr(config, name) for name in names})
+    found = {name: getattr(config, name) for name in names}
+    return read_scheme(found | {"group_size_overrides": _group_size_overrides(config, architecture)})
+
+
+def _group_size_overrides(config: QuantizeConfig, architecture: Architecture) -> dict[str, int]:
+    """Names of linears, as the file has them, whose group size is not the common one."""
+    sizes: dict[str, int] = {}
+    for each in config.group_size_of:
+        which, _, size = each.partition("=")
+        layer, _, projection = which.rpartition(".")
+        layer = layer and spec.layer_prefix(int(layer.rpartition(".")[2]))
+        kind = projection.removesuffix("_proj")
+        linears = [
+            name
+            for name in spec.linear_names(architecture)
+            if name.startswith(layer) and name.rpartition(".")[2] == kind
+        ]
+        if not linears:
+            raise BadOption(
+                f"group_size_of: {each}, but the model has layers 0 to {architecture.num_layers - 1}; choose another"
+            )
+        sizes |= dict.fromkeys(linears, int(size))
+    return {name: size for name, size in sizes.items() if size != config.group_size}
+
+
+def group_sizes(architecture: Architecture, quantization: Quantization, kind: str) -> list[int]:
+    """The group size of each layer's linear of this kind ("mlp.down")."""
+    return [quantization.group_of(spec.layer_prefix(i) + kind) for i in range(architecture.num_layers)]
 
 
 def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
@@ -293,7 +320,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         tables="one" if one else "two",
         compile=("on" if machine.compiles else "off") if config.compile == AUTO else config.compile,
     )
-    quantization = quantization_of(config)
+    quantization = quantization_of(config, architecture)
     config, memory = _fit_memory(config, architecture, quantization, machine)
     assert config.batch_size is not None and config.grad_accum is not None
     per_step = config.batch_size * config.grad_accum * seq_len
@@ -404,8 +431,8 @@ def _layers_table(plan: Plan) -> Table:
     for kind in spec.LINEARS:
         n, k = spec.linear_shape(a, kind)
         after = _file_bytes(plan, kind)
-        short = k % q.group_size
-        group = f"{q.group_size}" + (f", last {short}" if short else "")
+        sizes = sorted(set(group_sizes(a, q, kind)))
+        group = " or ".join(f"{size}" + (f", last {k % size}" if k % size else "") for size in sizes)
         table.add_row(
             f"{kind} × {a.num_layers}", f"{n} × {k}", group, "2-bit", size(2 * n * k * a.num_layers), size(after)
         )
@@ -423,8 +450,8 @@ def _file_bytes(plan: Plan, kind: str) -> int:
     """Bytes of all 2-bit layers of this kind in the file."""
     a, q = plan.architecture, plan.quantization
     n, k = spec.linear_shape(a, kind)
-    levels = spec.LEVELS_PER_GROUP * spec.ceil_div(k, q.group_size)
-    return a.num_layers * n * (spec.ceil_div(k, spec.CODES_PER_BYTE) + levels + _FLOAT32)
+    levels = spec.LEVELS_PER_GROUP * sum(spec.ceil_div(k, size) for size in group_sizes(a, q, kind))
+    return n * (a.num_layers * (spec.ceil_div(k, spec.CODES_PER_BYTE) + _FLOAT32) + levels)
 
 
 def _memory_table(plan: Plan) -> Table:

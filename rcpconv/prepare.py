@@ -21,6 +21,7 @@ from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
 from rcpconv.model import Decoder, LazyDecoder, Piece, build_pieces
 from rcpconv.parts import FloatParts, TrainingParts
 from rcpconv.quantizers import Learning
+from rcpconv.rotations import LearnedRotations
 from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
 
@@ -52,8 +53,13 @@ class PreparedModel:
     rotations: Rotations
     signs: Tensor
     """(hidden_size,) ±1 float64: R1 is x -> H(signs ∘ x) / √n."""
+<<<<<<< HEAD
     device: torch.device | str = "cpu"
     """Where tensors are computed, and are."""
+=======
+    learned: LearnedRotations | None = None
+    """What comes on top of R1 and R2."""
+>>>>>>> i4-cpu
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) for every entry of the state of a decoder with folded norms, one at a time."""
@@ -66,7 +72,8 @@ class PreparedModel:
         """(name in it, float32 tensor) for every entry of the state of one of a decoder's pieces, one at a time."""
         a = self.architecture
         if piece.startswith("layers."):
-            yield from self._layer(piece + ".")
+            for name, value in self._layer(piece + "."):
+                yield name, self._turned(f"{piece}.{name}", value)
         elif piece == spec.EMBED or (piece == spec.HEAD and not a.tied_table):
             blocks = self.table(piece)
             table = torch.empty(a.vocab_size, a.hidden_size, device=self.device)
@@ -83,8 +90,17 @@ class PreparedModel:
         store = self.source.tensors
         gain = store.get(spec.FINAL_GAIN, torch.float64, self.device) if name == spec.HEAD else None
         stored = spec.EMBED if self.source.tied_embeddings else name
+<<<<<<< HEAD
         for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64, self.device):
             yield self._rotate_input(rows if gain is None else rows * gain).float()
+=======
+        for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64):
+            rotated = self._rotate_input(rows if gain is None else rows * gain).float()
+            yield self._turned(f"{name}.weight", rotated)
+
+    def _turned(self, name: str, value: Tensor) -> Tensor:
+        return value if self.learned is None else self.learned.turned(name, value).float()
+>>>>>>> i4-cpu
 
     def _layer(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         a, store = self.architecture, self.source.tensors
@@ -138,20 +154,28 @@ def _heads_first(head_dim: int) -> Callable[[Tensor], Tensor]:
 
 
 def prepare(
-    source: SourceModel, *, rotations: Rotations | None = None, one_table: bool = False, seed: int = 0
+    source: SourceModel,
+    *,
+    rotations: Rotations | None = None,
+    one_table: bool = False,
+    seed: int = 0,
+    learned: LearnedRotations | None = None,
 ) -> PreparedModel:
     """Fold the norms of `source` and rotate it.
 
     one_table: keep one table for embedding and head, for a model with tied embeddings only (saves a quarter to
-    a third of a small model's file); otherwise tied embeddings are untied first. seed: of R1's random signs.
+    a third of a small model's file); otherwise tied embeddings are untied first. seed: of R1's random signs. learned:
+    come on top of R1 and R2.
     """
     assert source.tied_embeddings or not one_table, "one table needs tied embeddings"
+    assert learned is None or learned.r1_CC is None or not one_table, "one table knows of Hadamard rotations alone"
     architecture = dataclasses.replace(source.architecture, tied_table=one_table)
     return PreparedModel(
         source=source,
         architecture=architecture,
         rotations=rotations or Rotations(),
         signs=rotation_signs(architecture.hidden_size, seed),
+        learned=learned,
     )
 
 

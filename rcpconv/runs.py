@@ -7,6 +7,7 @@
         tokens/               token caches
         metrics.jsonl         one line a logging step
         loss.png              the curve of it
+        rotations.safetensors  those that were learned (--rotation-steps)
         checkpoints/          what --resume continues from
         baked.safetensors     finished runs: the tensors of the file
         weights.sha256.json   finished runs: hashes of each linear's fake-quant weights and of each tensor,
@@ -50,6 +51,7 @@ RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 
 RECORD, RECIPE, TOKENIZER, METRICS, PLOT = "run.json", "recipe.toml", "tokenizer.json", "metrics.jsonl", "loss.png"
 CHECKPOINTS = "checkpoints"
+ROTATIONS = "rotations.safetensors"
 BAKED, WEIGHT_HASHES = "baked.safetensors", "weights.sha256.json"
 _LOCK = ".lock"
 

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from rcpformat.architecture import Quantization
 
+WEIGHT_BITS = 2
+"""Of what a file holds."""
 UNQUANTIZED = 16
 """As a_bits or kv_bits: activations or the KV cache are left as they are."""
 

@@ -195,6 +195,11 @@ class Quantization(_JsonRecord):
         """As _JsonRecord.to_json, with the overrides as a plain dict."""
         return super().to_json() | {"group_size_overrides": dict(self.group_size_overrides)}
 
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Every group size that there is, the common one first."""
+        return tuple(dict.fromkeys((self.group_size, *self.group_size_overrides.values())))
+
     def group_of(self, linear: str) -> int:
         """Group size along K of one linear layer, in weights."""
         return self.group_size_overrides.get(linear, self.group_size)

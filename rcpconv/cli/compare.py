@@ -50,6 +50,12 @@ _GRID = "2e-4,4.5e-4,1e-3"
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
 @click.option("--keep-runs", is_flag=True, help="Leave a run folder for every training in the table.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Steps. Default: only when stopped.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Begin nothing that would probably end later, and stop then; the same command goes on.",
+)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to train.")
 @click.option("--dry-run", is_flag=True, help="Show what there is to do and stop.")
 @click.option("--force", is_flag=True, help="Train even where memory or time are estimated not to suffice.")
@@ -78,6 +84,7 @@ def compare(
     jobs: int,
     keep_runs: bool,
     checkpoint_every: int,
+    minutes: float | None,
     device: str,
     dry_run: bool,
     force: bool,
@@ -124,6 +131,7 @@ def compare(
             jobs=jobs,
             keep_runs=keep_runs,
             checkpoint_every=checkpoint_every,
+            minutes=minutes,
             dry_run=dry_run,
             force=force,
             console=Console(),

@@ -7,6 +7,9 @@ tokens.npy            the training texts, the validation part first
 validation.txt        that part, to read
 self.npy              text sampled from the model, where there is other text too
 compare.md, compare.json, compare.png
+
+The folder may be moved, also to another machine. tokens.npy, validation.txt and run folders may be left behind: the
+first two are made again, and unfinished trainings begin anew.
 """
 
 from __future__ import annotations

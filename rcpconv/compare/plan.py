@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,13 +15,16 @@ from typing import Any
 
 from rcpconv.config import (
     DEFAULT_CORPUS,
+    DEFAULT_RECIPE,
     DEMO,
     OPTIONS,
     SELF,
-    UNTRAINED,
     QuantizeConfig,
+    beating,
     normalise_keys,
     read_recipe,
+    trains,
+    without_text,
 )
 from rcpconv.errors import BadOption
 
@@ -43,8 +47,9 @@ _ELSEWHERE = {
 """Settings that are not a variant's to choose -> the option that decides them for all."""
 _ONLY_COMMON = ("self_tokens",)
 _ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
-_FORM = ("group_size", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
+_FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
 """Settings that make a model larger, or easier to quantize: not a method's merit."""
+_HASHED_BYTES = 1 << 20
 _MAY_CHANGE = ("variants", "seeds", "best")
 """Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""
 
@@ -90,7 +95,7 @@ class Variant:
     @property
     def trained(self) -> bool:
         """Whether there is anything to train."""
-        return self.settings.get("method") not in UNTRAINED and self.settings.get("steps") != 0
+        return trains(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,7 @@ class Comparison:
     text: str = ""
     """Held-out: a file, demo or default. Empty = what suits the model."""
     common: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of all variants; where they say nothing, quantize's defaults hold."""
     variants: tuple[Variant, ...]
     grid: tuple[Rates, ...]
     tokens: int
@@ -137,9 +143,12 @@ class Comparison:
     generation_tokens: int
 
     def __post_init__(self) -> None:
-        suiting, standard = (read_recipe(DEMO), DEMO) if self.model == DEMO else ({}, DEFAULT_CORPUS)
+        suiting, standard = read_recipe(DEFAULT_RECIPE), DEFAULT_CORPUS
+        if self.model == DEMO:
+            suiting, standard = beating(suiting, read_recipe(DEMO)), DEMO
         data = self.data or tuple(suiting.get("data", (standard,)))
-        suiting = {name: value for name, value in suiting.items() if name not in _ELSEWHERE}
+        elsewhere = (*_ELSEWHERE, *_ONLY_OF_A_VARIANT, "steps")
+        suiting = {name: value for name, value in suiting.items() if name not in elsewhere}
         for name, value in (
             ("common", suiting | self.common),
             ("data", tuple(map(_located, data))),
@@ -171,7 +180,8 @@ class Comparison:
         variant = self.variant(cell.variant)
         rates = cell.rates.settings if cell.rates is not None and variant.trained else {}
         budget = self.sweep_tokens if cell.kind == SWEEP else self.tokens
-        settings = self.common | rates | variant.settings
+        common = self.common if variant.trained else without_text(self.common)
+        settings = common | rates | variant.settings
         fixed: dict[str, Any] = {"model": self.model, "revision": self.revision, "data": self.data, "seed": cell.seed}
         try:
             return QuantizeConfig(**fixed, **settings | ({"tokens": budget} if variant.trained else {}))
@@ -195,11 +205,13 @@ class Comparison:
         return all(settings.get(key) in (None, self.common.get(key, _DEFAULT_FORM[key])) for key in _FORM)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; equal for equal comparisons."""
+        """As JSON values; equal for equal comparisons, wherever their files are."""
         values = dataclasses.asdict(self)
         variants = {variant.name: _plain(variant.settings) for variant in self.variants}
         return values | {
-            "data": list(self.data),
+            "model": _content(self.model),
+            "data": list(map(_content, self.data)),
+            "text": _content(self.text),
             "common": _plain(self.common),
             "variants": variants,
             "grid": [rates.label for rates in self.grid],
@@ -231,6 +243,22 @@ def _located(name: str) -> str:
     """A file or folder by its absolute path, so that a comparison can be continued from anywhere; other names stay."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name not in (DEMO, DEFAULT_CORPUS, SELF) and path.exists() else name
+
+
+def _content(name: str) -> str:
+    """A local file or folder by what is in it: its name, bytes, and a hash of the beginning of each file."""
+    path = Path(name)
+    if not path.is_absolute() or not path.exists():
+        return name
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    digest, total = hashlib.sha256(), 0
+    for each in files:
+        nbytes = each.stat().st_size
+        digest.update(f"{each.relative_to(path)} {nbytes}\n".encode())
+        with each.open("rb") as file:
+            digest.update(file.read(_HASHED_BYTES))
+        total += nbytes
+    return f"{path.name}, {total:,} bytes, {digest.hexdigest()[:16]}"
 
 
 def read_variants(path: Path | None) -> tuple[dict[str, Any], tuple[Variant, ...]]:

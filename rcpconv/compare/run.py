@@ -6,6 +6,7 @@ is never done again, so the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from rcpconv.checkpoint import load_source
 from rcpconv.compare import choice
+from rcpconv.compare.clock import Clock
 from rcpconv.compare.folder import Folder, Result, opened, shape_of
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.table import summarise, terminal_tables, write_plot, write_tables
@@ -28,6 +30,7 @@ from rcpconv.generation import PROMPT_TOKENS
 from rcpconv.heldout import fetch_wikitext2
 from rcpconv.plan import Machine, Plan, look_at_machine
 from rcpconv.quantize import check_texts, stoppable
+from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import duration
 
 _SHAPE = ("seq_len", "batch_size", "grad_accum")
@@ -44,17 +47,21 @@ def compare(
     jobs: int = 1,
     keep_runs: bool = False,
     checkpoint_every: int = 0,
+    minutes: float | None = None,
     dry_run: bool = False,
     force: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Do what is left of a comparison in folder `out`; returns its summary (None after a dry run).
+    """Do what is left of a comparison in folder `out`; returns its summary (None after a dry run, or out of time).
 
     jobs: how many processes train side by side. keep_runs: leave the run folders of the trainings in the table.
-    checkpoint_every: steps, to resume from after a kill; 0 = only when stopped by Ctrl-C or SIGTERM.
+    checkpoint_every: steps, to resume from after a kill; 0 = only when stopped by Ctrl-C, SIGTERM or `minutes`.
+    minutes: nothing is begun that would probably end later, and what still runs then saves a checkpoint; the same call
+    goes on.
     Raises ConversionError, or Interrupted after Ctrl-C or SIGTERM; what is finished is kept.
     """
     console = console or Console()
+    clock = Clock(minutes, comparison)
     out = out.absolute()
     shape = shape_of(out, comparison)
     machine = look_at_machine(device)
@@ -92,13 +99,20 @@ def compare(
     }
 
     def tell(happened: str) -> None:
+        happened = f"{minutes:g} minutes are over; what is finished is kept" if clock.short else happened
         console.print(f"{happened}. Give the same command again to go on: {out}", highlight=False, soft_wrap=True)
 
-    with opened(out, comparison, shape) as folder, stoppable(tell):
-        workshop = Workshop(folder=folder, source=source, console=console if console.is_terminal else None, **arguments)
-        workshop.prepare()
-        with _working(jobs, workshop, {"folder": folder, **arguments}) as work:
-            return _phases(comparison, folder, work, machine, console)
+    live = console if console.is_terminal else None
+    try:
+        with opened(out, comparison, shape) as folder, stoppable(tell), clock.alarm():
+            workshop = Workshop(folder=folder, source=source, console=live, **arguments)
+            workshop.prepare()
+            with _working(jobs, workshop, {"folder": folder, **arguments}) as work:
+                return _phases(comparison, folder, work, clock, machine, console)
+    except Interrupted:
+        if clock.short:
+            return None
+        raise
 
 
 @contextmanager
@@ -117,8 +131,14 @@ def _make_workshop(comparison: Comparison, **arguments: Any) -> Does:
 
 
 def _phases(
-    comparison: Comparison, folder: Folder, work: Alone | SideBySide, machine: Machine, console: Console
+    comparison: Comparison,
+    folder: Folder,
+    work: Alone | SideBySide,
+    clock: Clock,
+    machine: Machine,
+    console: Console,
 ) -> dict[str, Any]:
+    """Every phase after the one before. Raises Interrupted where time ran out."""
     names = [variant.name for variant in comparison.variants]
     about = {"machine": machine.name, "torch": torch.__version__}
 
@@ -133,14 +153,22 @@ def _phases(
     phases: list[Callable[[], list[Cell]]] = [comparison.sweeps, lambda: [Cell(kind=ORIGINAL)], finals, more_seeds]
     for phase in phases:
         cells = phase()
-        left = [cell for cell in cells if folder.result(cell) is None]
+        left = []
+        for cell in cells:
+            if (earlier := folder.result(cell)) is None:
+                left.append(cell)
+            else:
+                clock.took(cell, earlier["seconds"])
         done = len(cells) - len(left)
-        for cell, result in work.each(left):
+        for cell, result in work.each(left, clock.may):
             done += 1
+            clock.took(cell, result["seconds"])
             console.print(f"{done}/{len(cells)} {_line(cell, result)}", highlight=False, soft_wrap=True)
             write_tables(folder, summarise(comparison, folder, about))
         summary = summarise(comparison, folder, about)
         write_tables(folder, summary)
+        if done < len(cells):
+            raise Interrupted("too little time is left to begin another training", signal.SIGTERM)
         write_plot(folder, summary)  # takes a second, so not after every cell
     wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)
     for table in terminal_tables(summary):

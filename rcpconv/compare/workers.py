@@ -27,16 +27,21 @@ class Does(Protocol):
         """Train, measure, save."""
 
 
+May = Callable[[Cell], bool]
+"""Whether there is time for a cell; asked just before it would be begun."""
+
+
 class Alone:
     """This process does the cells."""
 
     def __init__(self, workshop: Does) -> None:
         self._workshop = workshop
 
-    def each(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
-        """Every cell with its result, when it is done."""
+    def each(self, cells: Sequence[Cell], may: May = lambda cell: True) -> Iterator[tuple[Cell, Result]]:
+        """Every cell that may be begun with its result, when it is done."""
         for cell in cells:
-            yield cell, self._workshop.do(cell)
+            if may(cell):
+                yield cell, self._workshop.do(cell)
 
 
 @dataclass
@@ -54,11 +59,11 @@ class SideBySide:
     def __init__(self, workers: list[_Worker]) -> None:
         self._workers = workers
 
-    def each(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
-        """Every cell with its result, when it is done. Raises what a worker raised; ConversionError where one died."""
+    def each(self, cells: Sequence[Cell], may: May = lambda cell: True) -> Iterator[tuple[Cell, Result]]:
+        """As Alone.each. Raises what a worker raised; ConversionError where one died."""
         left = list(cells)
         for worker in self._workers:
-            self._give(worker, left)
+            self._give(worker, left, may)
         while busy := {worker.pipe: worker for worker in self._workers if worker.cell is not None}:
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
@@ -74,10 +79,11 @@ class SideBySide:
                     ) from None
                 if isinstance(answer, Exception):
                     raise answer
-                self._give(worker, left)
+                self._give(worker, left, may)
                 yield cell, answer
 
-    def _give(self, worker: _Worker, left: list[Cell]) -> None:
+    def _give(self, worker: _Worker, left: list[Cell], may: May) -> None:
+        left[:] = filter(may, left)
         if not left:
             return
         taken = set().union(*(other.variants for other in self._workers))

@@ -294,13 +294,17 @@ class Workshop:
         folder = self.folder.run(cell)
         if folder.exists():
             with locked(Run.open(folder)) as run:
-                before = run.config.changed(checkpoint_every=self.checkpoint_every)
-                if run.status == RUNNING and before == plan.config:
+                if run.status == RUNNING and self._same(run.config, plan.config):
                     yield run
                     return
                 run.delete()  # begun on another machine, or its result was not saved
         with new_run(folder, plan, self.source) as run:
             yield run
+
+    def _same(self, before: QuantizeConfig, now: QuantizeConfig) -> bool:
+        """Whether a training can go on; what the comparison says of its files is the same, wherever they are now."""
+        elsewhere = {name: getattr(now, name) for name in ("model", "data", "eval_data", "checkpoint_every")}
+        return before.changed(**elsewhere) == now
 
     def _measured(self, cell: Cell, plan: Plan, student: Decoder, run: Run | None) -> Result:
         """Scores of a student as it is; the held-out text is for the final ones alone."""

@@ -89,6 +89,18 @@ class _SelectLevels(torch.autograd.Function):
         return grad_weight, grad_levels, None, None, None, None
 
 
+def select_nearest(
+    weight_NGg: Tensor,
+    levels_NG4: Tensor,
+    rounded_NG4: Tensor,
+    scale_N: Tensor,
+    reach: float = 0.0,
+    residual: bool = False,
+) -> Tensor:
+    """(N, G, g): rounded_NG4 at the level that is nearest to each weight. Gradients: see _SelectLevels."""
+    return _SelectLevels.apply(weight_NGg, rounded_NG4, levels_NG4.detach(), scale_N, reach, residual)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def assign(weight_NGg: Tensor, levels_NG4: Tensor) -> Tensor:
     """The code (uint8) of the level nearest to each weight; the lower one at a tie. levels: float, not decreasing."""
     middle_NG3 = (levels_NG4[..., 1:] + levels_NG4[..., :-1]) * 0.5
@@ -110,9 +122,8 @@ class NearestLevel(WeightQuantizer):
 
     def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
         """See WeightQuantizer."""
-        levels_NG4 = levels_NG4.detach()
         how = self.learning
-        return _SelectLevels.apply(grouped_NGg, rounded_NG4, levels_NG4, scale_N, how.reach, how.residual_levels)  # type: ignore[no-untyped-call, no-any-return]
+        return select_nearest(grouped_NGg, levels_NG4, rounded_NG4, scale_N, how.reach, how.residual_levels)
 
 
 class _RoundPosition(torch.autograd.Function):

@@ -19,7 +19,15 @@ import itertools
 import torch
 from torch import Tensor
 
-from rcpconv.quantizers.base import SMALLEST_SPAN, channel_weights, extremes, from_groups, to_groups
+from rcpconv.quantizers.base import (
+    SMALLEST_SPAN,
+    channel_weights,
+    extremes,
+    from_groups,
+    row_scale,
+    to_groups,
+    widened,
+)
 from rcpconv.quantizers.functional import round_ste
 from rcpconv.quantizers.levels import LAST, EvenLevels
 
@@ -32,6 +40,23 @@ def min_max_levels(low_NG: Tensor, high_NG: Tensor) -> Tensor:
     step_NG1 = ((high_NG - low_NG).clamp(min=SMALLEST_SPAN) / LAST)[..., None]
     zero_NG1 = (-round_ste(low_NG[..., None] / step_NG1)).clamp(0, LAST)
     return step_NG1 * (torch.arange(LAST + 1, device=low_NG.device) - zero_NG1)
+
+
+def rounded_finely(weight_NK: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to the nearest of 2**bits even levels between each group's extremes: what no file holds, for training.
+
+    As WeightQuantizer.forward: integer-valued weights (N, K), whose gradient passes straight through, and the row scale
+    (N,), which the levels are rounded to multiples of.
+    """
+    weight_NK = widened(weight_NK)
+    with torch.no_grad():
+        grouped_NGg = to_groups(weight_NK, group_size)
+        low_NG, high_NG = extremes(grouped_NGg)
+        step_NG1 = ((high_NG - low_NG).clamp(min=SMALLEST_SPAN) / (2**bits - 1))[..., None]
+        level_NGg = low_NG[..., None] + step_NG1 * ((grouped_NGg - low_NG[..., None]) / step_NG1).round()
+        scale_N = row_scale(level_NGg)
+        level_NK = from_groups(level_NGg, weight_NK.shape[1])
+    return round_ste((weight_NK + (level_NK - weight_NK).detach()) / scale_N[:, None]), scale_N
 
 
 class RoundToNearestQuantizer(EvenLevels):

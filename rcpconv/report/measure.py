@@ -21,7 +21,8 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.prepare import Rotations, original_decoder, prepare, rotated_decoder, student_decoder
 from rcpconv.report.activations import SiteRange, output_errors, ranges
 from rcpconv.report.weights import WeightStatistics, clips, weight_statistics
-from rcpconv.runs import Run
+from rcpconv.rotations import LearnedRotations
+from rcpconv.runs import ROTATIONS, Run
 
 BEFORE = "before training"
 WINDOW = 512
@@ -89,9 +90,10 @@ def measure(
     tell("before and after rotation")
     turned = Rotations(r1=q.r1, r2=q.r2, r3=q.r3, r4=q.r4)
     unturned = Rotations(r1=False, r2=False, r3=False, r4=False)
+    learned = LearnedRotations.load(run.folder / ROTATIONS) if run.config.rotation_steps else None
     plain, prepared = (
-        prepare(source, rotations=rotations, one_table=a.tied_table, seed=run.config.seed)
-        for rotations in (unturned, turned)
+        prepare(source, rotations=rotations, one_table=a.tied_table, seed=run.config.seed, learned=also)
+        for rotations, also in ((unturned, None), (turned, learned))
     )
     unrotated = ranges(rotated_decoder(plain).to(device), windows)
     reference = rotated_decoder(prepared).to(device)

@@ -91,10 +91,11 @@ def _page(run: Run, text: Text, found: Measured) -> str:
 def _overview(run: Run, text: Text, found: Measured) -> str:
     q = run.quantization
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)]
+    groups = " or ".join(map(str, q.group_sizes))
     last = [{"tokens": 0, "step": 0}, *read_metrics(run.folder / METRICS)][-1]
     rows = [
         ("model", run.provenance.get("base_model", run.record["model"])),
-        ("scheme", f"W2A{q.a_bits}KV{q.kv_bits}, method {q.method}, groups of {q.group_size}"),
+        ("scheme", f"W2A{q.a_bits}KV{q.kv_bits}, method {q.method}, groups of {groups}"),
         ("rotations", ", ".join(rotations) or "none"),
         ("trained on", f"{last['tokens']:,} tokens in {last['step']:,} steps"),
         ("began", _readable(run.record["created"])),

@@ -5,7 +5,7 @@ Knows nothing of losses or schedules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,8 +28,8 @@ class RunningMean:
         torch._foreach_lerp_(self.means, self.parameters, 1 - decay)
 
     @torch.no_grad()
-    def load(self, means: list[Tensor]) -> None:
-        """Go on from the means of a checkpoint."""
+    def load(self, means: Sequence[Tensor]) -> None:
+        """Go on from these means."""
         for mean, value in zip(self.means, means, strict=True):
             mean.copy_(value)
 

@@ -30,8 +30,9 @@ from rcpconv.errors import BadOption, NotSaved, TrainingDiverged
 from rcpconv.layers import LearnedClip, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.prepare import rotation_signs
-from rcpconv.runs import METRICS, PLOT, Run
-from rcpconv.scheme import UNQUANTIZED
+from rcpconv.rotations import LearnedRotations
+from rcpconv.runs import METRICS, PLOT, ROTATIONS, Run
+from rcpconv.scheme import UNQUANTIZED, WEIGHT_BITS
 from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean, pull_to_levels
 from rcpconv.train.compiling import compile_layers
@@ -39,7 +40,8 @@ from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_
 from rcpconv.train.memory import StepInBackward, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
-from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data
+from rcpconv.train.rotations import learn_rotations
+from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data, start_from_weights
 from rcpconv.train.tokens import Mixture, Sequences
 
 CONFIDENCE_BATCHES = 4
@@ -104,9 +106,10 @@ class Trainer:
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)
-        if config.start != "weights" and checkpoint is None:
-            batches = range(0, CALIBRATION_SEQUENCES, self.batch)
-            start_from_data(student, [self._tokens(i, self.batch) for i in batches], config.start == "feedback")
+        self.learned_CC = self._learn_rotations(turn=checkpoint is None) if config.rotation_steps else None
+        self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
+        if config.start != "weights" and checkpoint is None and not self.two_bits_from:
+            self._start_from_data()
         if config.master_weights == "bf16":
             narrow_weights(student)
         if config.compile == "on":
@@ -118,13 +121,52 @@ class Trainer:
         if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
             learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
             self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
-        if config.pull and distributed.processes() > 1:
-            raise BadOption(f"pull: {config.pull:g} is for a training in one process")
+        alone = {"pull": config.pull, "progressive_bits": self.two_bits_from and config.progressive_bits}
+        for name, value in alone.items():
+            if value and distributed.processes() > 1:
+                raise BadOption(f"{name}: {value:g} is for a training in one process")
         self.bits = {m: m.bits for m in student.modules() if isinstance(m, LearnedClip)}
         self.linears = [m for m in student.modules() if isinstance(m, QuantLinear)]
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _learn_rotations(self, *, turn: bool) -> Tensor | None:
+        """Learn rotations, or read those that the run folder has; with `turn`, turn the student. R1's part (C, C)."""
+        c, path = self.config, self.run.folder / ROTATIONS
+        with distributed.first_before_others():
+            if not path.exists():
+                learn_rotations(
+                    self.student,
+                    self.teacher,
+                    lambda step: self._tokens(step * self.batch, self.batch),
+                    steps=c.rotation_steps,
+                    rate=c.rotation_lr,
+                    r1=c.r1 and not self.student.architecture.tied_table,
+                    r2=c.r2,
+                    tell=lambda text: self.console.print(text, highlight=False),
+                    low_memory=c.low_memory,
+                ).save(path)
+        rotations = LearnedRotations.load(path)
+        if turn:
+            rotations.turn(dict(self.student.named_parameters()))
+            start_from_weights(self.student)
+        return None if rotations.r1_CC is None else rotations.r1_CC.to(self.device, torch.float32)
+
+    def _start_from_data(self) -> None:
+        batches = [self._tokens(i, self.batch) for i in range(0, CALIBRATION_SEQUENCES, self.batch)]
+        with torch.compiler.set_stance("force_eager"):
+            start_from_data(self.student, batches, self.config.start == "feedback")
+
+    def _begin_two_bits(self) -> None:
+        """Fit the levels to weights that have been trained with more bits so far; the loss rises, and may."""
+        if self.config.start == "weights":
+            start_from_weights(self.student)
+        else:
+            self._start_from_data()
+        if self.mean is not None:
+            self.mean.load(self.parameters)
+        self.counters.smoothed_loss, self.counters.lowest_loss = None, math.inf
 
     def _state(self) -> dict[str, Any]:
         """All that a checkpoint holds."""
@@ -170,7 +212,7 @@ class Trainer:
             return None
         signs = rotation_signs(a.hidden_size, c.seed).to(self.device, torch.float32) if c.r1 else None
         left = 1 - (1 - c.hidden_end) * self.counters.step / self.steps
-        return Matching(weight=left * c.hidden_loss, signs=signs)
+        return Matching(weight=left * c.hidden_loss, signs=signs, learned_CC=self.learned_CC)
 
     def _loss(self) -> Loss:
         c, counters = self.config, self.counters
@@ -224,6 +266,7 @@ class Trainer:
             raise
         finally:
             self._quantize_activations(True)
+            self._round_weights(WEIGHT_BITS)
             metrics.close()
         self._plot()
         if self.mean is not None:
@@ -235,6 +278,9 @@ class Trainer:
         frozen = counters.step >= (1 - c.freeze) * self.steps
         set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule), frozen)
         self._quantize_activations(counters.step >= math.floor(c.activations_from * self.steps))
+        self._round_weights(c.progressive_bits if counters.step < self.two_bits_from else WEIGHT_BITS)
+        if self.two_bits_from and counters.step == self.two_bits_from:
+            self._begin_two_bits()
         totals = torch.zeros(2, device=self.device)
         if self.stepping is not None:
             self.stepping.previous = counters.norm
@@ -255,7 +301,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         counters.step += 1
-        if c.pull and not frozen:
+        if c.pull and not frozen and counters.step > self.two_bits_from:
             for linear in self.linears:
                 pull_to_levels(linear, c.pull * counters.step / self.steps)
         counters.norm = figures[-1]
@@ -267,6 +313,11 @@ class Trainer:
         """Whether activations and KV cache are quantized, or pass as they are."""
         for module, bits in self.bits.items():
             module.bits = bits if on else UNQUANTIZED
+
+    def _round_weights(self, bits: int) -> None:
+        """How many bits the 2-bit layers' weights are rounded to."""
+        for linear in self.linears:
+            linear.bits = bits
 
     def _line(self, rate: Rate) -> dict[str, Any]:
         """A line of metrics.jsonl: means over the updates since the last one."""

@@ -94,11 +94,15 @@ class Matching:
     weight: float
     signs: Tensor | None
     """Of R1 (C,), which turned the student's stream; None where it is not turned."""
+    learned_CC: Tensor | None = None
+    """What turned it after that, if anything did."""
 
     @torch.no_grad()
     def turned(self, stream_BTC: Tensor) -> Tensor:
         """The teacher's stream as the student's should be."""
-        return stream_BTC if self.signs is None else hadamard_transform(self.signs * stream_BTC, normalized=True)
+        if self.signs is not None:
+            stream_BTC = hadamard_transform(self.signs * stream_BTC, normalized=True)
+        return stream_BTC if self.learned_CC is None else stream_BTC @ self.learned_CC
 
     def __call__(self, student: list[Tensor], taught: list[Tensor]) -> Tensor:
         """`weight` times the squared distance as a share of the teacher's square, a mean over tokens and layers."""

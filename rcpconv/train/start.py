@@ -28,6 +28,14 @@ DAMPING = 0.01
 
 
 @torch.no_grad()
+def start_from_weights(student: Decoder) -> None:
+    """Set the weight quantizers of every layer from the weights as they are."""
+    for module in student.modules():
+        if isinstance(module, QuantLinear):
+            module.quantizer.initialise(module.weight)
+
+
+@torch.no_grad()
 def start_from_data(student: Decoder, batches: list[Tensor], feedback: bool) -> None:
     """Set the weight quantizers of every layer, and with `feedback` the weights. batches: (B, T) token ids each."""
     rope = student.rope(batches[0].shape[1])

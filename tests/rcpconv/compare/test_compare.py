@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
+import tarfile
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from rcpconv.baking import baked_decoder
 from rcpconv.checkpoint import load_source
 from rcpconv.cli import main
 from rcpconv.compare import workers, workshop
+from rcpconv.compare.clock import Clock
 from rcpconv.compare.folder import PLAN
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.compare.run import compare
@@ -282,6 +285,71 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(
     assert steps == [*range(1, 9)], "no step is made twice"
     assert without_times(out) == without_times(tmp_path / "whole")
     assert list((out / "runs").iterdir()) == [], "no run folders are kept unless asked for"
+
+
+def test_a_comparison_out_of_time_goes_on_elsewhere(
+    finished: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock rings in the third training; then the folder is moved, model and texts too."""
+    update, began = Trainer._update, []
+
+    def ringing(self: Trainer, loss: Any) -> None:
+        update(self, loss)
+        if self.counters.step == 2:
+            began.append(self.run.folder.name)
+            if len(began) == 3:
+                clocks[0]._ring()
+
+    clocks: list[Clock] = []
+    monkeypatch.setattr(Trainer, "_update", ringing)
+    monkeypatch.setattr("rcpconv.compare.run.Clock", lambda *a: clocks.append(Clock(*a)) or clocks[-1])  # type: ignore[func-returns-value]
+    said = io.StringIO()
+    assert compare(tiny(place), tmp_path / "out", device="cpu", minutes=60, console=Console(file=said)) is None
+    assert "60 minutes are over; what is finished is kept. Give the same command again" in said.getvalue()
+    assert len(os.listdir(tmp_path / "out" / "results")) == 2
+    (left,) = (tmp_path / "out" / "runs").iterdir()
+    assert left.name == began[2] and len(list((left / "checkpoints").iterdir())) == 1
+    monkeypatch.setattr(Trainer, "_update", update)
+    shutil.copytree(place, tmp_path / "place", ignore=lambda folder, names: {"finished"} & set(names))
+    with tarfile.open(tmp_path / "out.tar", "w") as archive:
+        archive.add(tmp_path / "out", "moved", filter=lambda each: None if each.name.endswith(".npy") else each)
+    shutil.rmtree(tmp_path / "out")
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    steps: list[int] = []
+    monkeypatch.setattr(Trainer, "_update", lambda self, loss: steps.append(self.counters.step) or update(self, loss))  # type: ignore[func-returns-value]
+    work(tmp_path / "place", tmp_path / "moved", keep_runs=True)
+    assert steps[0] == 2, "the third training goes on"
+    assert _without_generations(tmp_path / "moved") == _without_generations(finished)
+
+
+def _without_generations(folder: Path) -> dict[str, Any]:
+    return {
+        name: {key: result[key] for key in result if key not in ("generations", "itself", "greedy")}
+        for name, result in without_times(folder).items()
+    }
+
+
+def test_nothing_is_begun_that_would_end_too_late(place: Path, tmp_path: Path) -> None:
+    clock = Clock(1, tiny(place))
+    sweep, final = (Cell(kind=kind, variant="ldp", rates=Rates(lr=1e-3)) for kind in ("sweep", FINAL))
+    assert clock.may(sweep) and clock.may(final) and not clock.short, "nothing is known of either"
+    clock.took(sweep, 50)
+    clock.took(sweep, 30)
+    assert clock.estimate(final) == 80, "twice as many tokens, and 20 seconds of something else"
+    assert clock.may(sweep) and not clock.may(final)
+    assert clock.short
+    clock.took(final, 50)
+    assert clock.may(final)
+    clock.took(sweep, 70)
+    assert not clock.may(sweep)
+    again = Clock(1, tiny(place))
+    again.took(sweep, 70)
+    assert again.may(sweep) and not again.may(sweep), "something is begun in every call"
+    assert Clock(None, tiny(place)).may(sweep)
+    said = io.StringIO()
+    assert compare(tiny(place), tmp_path / "out", device="cpu", minutes=1e-9, console=Console(file=said)) is None
+    assert "1e-09 minutes are over" in said.getvalue()
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rcpconv import config
 from rcpconv.compare import plan
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.config import METHODS
@@ -33,7 +34,8 @@ def test_bundled_variants_have_every_method_and_can_all_be_built() -> None:
     common, variants = plan.read_variants(None)
     assert {variant.settings.get("method", "ldp") for variant in variants} == set(METHODS)
     names = {variant.name for variant in variants}
-    assert {"ldp-no-r1", "ldp-no-r4", "ldp-a8", "ldp-a16", "ldp-kv8", "ldp-kv16", "ldp-group64"} <= names
+    assert {f"ldp-no-r{i}" for i in range(1, 5)} | {"ldp-no-rotations", "uniform-no-rotations"} <= names
+    assert {"ldp-a8", "ldp-a16", "ldp-kv8", "ldp-kv16", "ldp-a16-kv16", "ldp-group64", "ldp-down64"} <= names
     whole = comparison(common=common, variants=variants)
     assert whole.config(Cell(kind=FINAL, variant="ldp-group64", rates=Rates(lr=1e-3))).group_size == 64
     assert whole.config(Cell(kind=FINAL, variant="ldp-untrained")).steps == 0
@@ -45,12 +47,37 @@ def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
     points: dict[str, list[Rates | None]] = {}
     for cell in whole.sweeps():
         points.setdefault(cell.variant, []).append(cell.rates)
-        config = whole.config(cell)
-        assert (config.tokens, config.seed) == (100, 0)
-        assert config.lr == (cell.rates and cell.rates.lr)
+        swept = whole.config(cell)
+        assert (swept.tokens, swept.seed) == (100, 0)
+        assert swept.lr == (cell.rates and cell.rates.lr)
     assert points.keys() == {variant.name for variant in variants} - {"rtn", "ldp-untrained"}
     assert set(map(tuple, points.values())) == {whole.grid}
     assert comparison(grid=(Rates(lr=1e-3),)).sweeps() == []
+
+
+def test_what_nobody_says_is_as_quantize_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, texts and length are the comparison's own."""
+    (tmp_path / "default.toml").write_text(
+        'loss = "kl"\nstep_sequences = 4\na_clip = 0.8\nquantizer_factor = 5.0\nlr_factor = 3.0\n'
+        'rotation_steps = 7\nstart = "data"\ntokens = "9M"\nclip_lr = 0.5\n'
+    )
+    (tmp_path / "demo.toml").write_text((config.BUNDLED / "demo.toml").read_text())
+    monkeypatch.setattr(config, "BUNDLED", tmp_path)
+    _, variants = plan.read_variants(None)
+    whole = comparison(model="m", variants=variants)
+    rates = Rates(lr=1e-3)
+    found = whole.config(Cell(kind=FINAL, variant="ldp", rates=rates))
+    alone = config.build_config("m", None, {"lr": 1e-3, "tokens": 1000, "data": ("default",)})
+    assert found.changed(clip_lr=None) == alone.changed(clip_lr=None)
+    assert (found.rotation_steps, found.a_clip, found.clip_lr) == (7, 0.8, None)
+    for name in ("rtn", "ldp-untrained"):
+        untrained = whole.config(Cell(kind=FINAL, variant=name))
+        assert (untrained.rotation_steps, untrained.start, untrained.a_clip) == (0, "weights", 0.8)
+    assert whole.config(Cell(kind=FINAL, variant="uniform", rates=rates)).loss == "cakld"
+    rotated = config.build_config("m", None, {"method": "rtn"})
+    assert (rotated.rotation_steps, rotated.start) == (0, "weights")
+    assert comparison(common={"loss": "mix"}).config(Cell(kind=FINAL, variant="ldp", rates=rates)).loss == "mix"
+    assert comparison().config(Cell(kind=FINAL, variant="ldp", rates=rates)).seq_len == 256  # the demo's own
 
 
 def test_rates_are_read_and_written_alike() -> None:
@@ -63,9 +90,9 @@ def test_rates_are_read_and_written_alike() -> None:
 def test_own_settings_of_a_variant_beat_the_grid_and_what_is_common() -> None:
     frozen = Variant(name="frozen", settings={"clip_lr": 0.0, "loss": "kl"})
     whole = comparison(variants=(frozen,), common={"loss": "mix", "a_bits": 8}, grid=(Rates.parse("1e-3:2e-3:3e-3"),))
-    config = whole.config(Cell(kind=FINAL, variant="frozen", rates=whole.grid[0], seed=3))
-    assert (config.lr, config.quantizer_lr, config.clip_lr, config.loss, config.a_bits) == (1e-3, 2e-3, 0.0, "kl", 8)
-    assert config.seed == 3
+    found = whole.config(Cell(kind=FINAL, variant="frozen", rates=whole.grid[0], seed=3))
+    assert (found.lr, found.quantizer_lr, found.clip_lr, found.loss, found.a_bits) == (1e-3, 2e-3, 0.0, "kl", 8)
+    assert found.seed == 3
 
 
 def test_equal_form() -> None:
@@ -150,6 +177,19 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert [variant.name for variant in plan.choose(variants, ["seq", "lc", "seq"])] == ["seq", "lc"]
     with pytest.raises(BadOption, match="no variant 'ldp-a6', did you mean 'ldp-a"):
         plan.choose(variants, ["ldp-a6"])
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    found = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text("some text")
+        found.append(comparison(data=(str(tmp_path / place / "text.txt"),)))
+    here, there = (each.to_json() for each in found)
+    assert plan.differences(here, there) == []
+    assert here["data"][0].startswith("text.txt, 9 bytes, ")
+    (tmp_path / "there" / "text.txt").write_text("some more")
+    assert plan.differences(here, found[1].to_json())[0].startswith("data was ['text.txt, 9 bytes, ")
 
 
 def test_what_may_differ_when_a_folder_is_continued() -> None:

@@ -27,6 +27,8 @@ from rcpconv.errors import BadOption
     ("settings", "message"),
     [
         ({"group_size": 32}, r"group_size: expected one of 64, 128; found 32"),
+        ({"group_size_of": ("down=64",)}, r"group_size_of: expected a value such as down_proj=64 .* found 'down=64'"),
+        ({"group_size_of": ("down_proj=32",)}, r"group_size_of: expected a value such as"),
         ({"a_bits": True}, r"a_bits: expected an integer, found True"),
         ({"lr": 0}, r"lr: expected more than 0"),
         ({"lr": float("nan")}, r"lr: expected a finite number"),

@@ -51,6 +51,20 @@ def test_the_papers_recipe_has_these_rates() -> None:
         assert (config.lr, config.quantizer_lr, config.clip_lr, config.table_lr) == (*rates, None)
 
 
+def test_groups_of_some_linears_are_of_another_size() -> None:
+    common = plan(DEMO, CPU, steps=1)
+    down = plan(DEMO, CPU, steps=1, group_size_of=("down_proj=64",))
+    assert down.quantization.group_size_overrides == {f"layers.{i}.mlp.down": 64 for i in range(4)}
+    assert down.quantization.group_sizes == (128, 64)
+    # 480 columns: 4 groups, or 8, of 4 levels of a byte for each row.
+    assert down.sizes.total_bytes - common.sizes.total_bytes == pytest.approx(4 * 192 * (8 - 4) * 4, rel=0.05)
+    assert estimate.parameters(DEMO, down.quantization)[1] > estimate.parameters(DEMO, common.quantization)[1]
+    last = plan(DEMO, CPU, steps=1, group_size=64, group_size_of=("q_proj=128", "layers.2.q_proj=64", "k_proj=64"))
+    assert last.quantization.group_size_overrides == {f"layers.{i}.attn.q": 128 for i in (0, 1, 3)}
+    with pytest.raises(BadOption, match=r"group_size_of: layers.4.q_proj=64, but the model has layers 0 to 3"):
+        plan(DEMO, CPU, group_size_of=("layers.4.q_proj=64",))
+
+
 def test_a_step_has_as_many_sequences_as_are_asked_for() -> None:
     for sequences in (1, 4, 12, 16):
         config = plan(DEMO, CPU, tied=True, model="demo", steps=5, step_sequences=sequences).config
@@ -196,7 +210,7 @@ def test_measurements_scale_what_is_not_certain() -> None:
         measured=({"case": "x"},),
     )
     theory, scaled = (
-        estimate.memory(c, LLAMA_2_7B, planning.quantization_of(c), "cuda", factors=factors)
+        estimate.memory(c, LLAMA_2_7B, planning.quantization_of(c, LLAMA_2_7B), "cuda", factors=factors)
         for factors in (estimate.Calibration(), doubled)
     )
     for name in theory:
@@ -365,6 +379,8 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "step_in_backward": "off", "optimizer_states": "fp32", "teacher_weights": "int8", "master_weights": "fp32",
         "checkpoint_contents": "weights", "step_sequences": 4, "lr_factor": 2.0, "quantizer_factor": 5.0,
         "clip_factor": 3.0, "activations_from": 0.1, "freeze": 0.2, "pull": 0.01, "mix_share": 0.25,
+        "rotation_steps": 7, "rotation_lr": 2e-3, "progressive_bits": 3, "progressive_share": 0.3,
+        "group_size_of": ("q_proj=128",),
     }  # fmt: skip
     arguments = ["quantize", "demo", "--no-r1", "--no-r2", "--no-r3", "--no-r4", "--low-memory"]
     for name, value in values.items():

@@ -33,6 +33,7 @@ from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpformat import spec
+from rcpformat.reader import RcpFile
 from tiny_checkpoints import make_tiny_checkpoint
 from tiny_trainings import (
     SETTINGS,
@@ -148,6 +149,41 @@ def test_activations_are_quantized_late_and_always_in_the_end(
     run = train(checkpoint, text, tmp_path / "run", activations_from=0.5)
     assert bits == [{16}] * (STEPS // 2) + [{4}] * (STEPS - STEPS // 2)
     assert run.quantization.a_bits == 4
+
+
+@pytest.mark.parametrize("start", ["weights", "feedback"])
+def test_weights_have_more_bits_at_first_and_two_in_the_end(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    settings: dict[str, Any] = {"progressive_bits": 4, "progressive_share": 0.45, "steps": 10, "ema": 0.9}
+    settings |= {"start": start, "checkpoint_every": 2}
+    bits: list[int] = []
+    update = Trainer._update
+
+    def watch(trainer: Trainer, loss: Any) -> None:
+        update(trainer, loss)
+        (found,) = {linear.bits for linear in trainer.linears}
+        bits.append(found)
+
+    monkeypatch.setattr(Trainer, "_update", watch)
+    run = train(checkpoint, text, tmp_path / "run", **settings)
+    assert bits == [4] * 4 + [2] * 6
+    kl = [line["kl"] for line in metrics(run.folder)]
+    assert max(kl[:4]) < min(kl[4:])
+    export(run, tmp_path / "model.rcp")  # compares the file's weights with the trained ones
+
+    for stop in (4, 6):  # before the first step of 2 bits, and after it
+
+        def stopping(trainer: Trainer, loss: Any, stop: int = stop) -> None:
+            update(trainer, loss)
+            if trainer.counters.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Trainer, "_update", stopping)
+        with pytest.raises(Interrupted):
+            train(checkpoint, text, tmp_path / str(stop), **settings)
+        monkeypatch.setattr(Trainer, "_update", update)
+        assert_same_result(resume(tmp_path / str(stop)), run)
 
 
 def test_a_mean_and_two_optimizers_are_resumed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -343,12 +379,18 @@ def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
         {"tables": "two", "head_bits": 16, "group_size": 64, "loss": "kl", "grad_checkpointing": "on"},
         {"r1": False, "r2": False, "r3": False, "r4": False, "embed_bits": 16, "head_bits": 16, "loss": "mix"},
         {"a_bits": 8, "kv_bits": 8, "grad_accum": 1, "temperature": 2.0, "weight_decay": 0.1},
+        {"group_size_of": ("down_proj=64", "layers.1.q_proj=64", "layers.1.down_proj=128")},
     ]
     for i, settings in enumerate(shapes):
         run = train(checkpoint, text, tmp_path / str(i), steps=2, **settings)
         assert set(run.tensor_names()) == spec.expected_tensors(run.architecture, run.quantization).keys() - {
             "tokenizer.json"
         }
+    assert run.quantization.group_size_overrides == {"layers.0.mlp.down": 64, "layers.1.attn.q": 64}
+    export(run, tmp_path / "model.rcp")
+    with RcpFile.open(tmp_path / "model.rcp") as file:
+        groups = {name: file.linear(name).group_size for name in spec.linear_names(file.architecture)}
+    assert {name for name, size in groups.items() if size == 64} == run.quantization.group_size_overrides.keys()
 
 
 @pytest.mark.parametrize("bits", [{"a_bits": 16}, {"kv_bits": 16}])

@@ -19,6 +19,7 @@ from rcpconv.quantizers.functional import (
 from rcpconv.quantizers.ldp import LDPQuantizer
 from rcpconv.quantizers.levels import EvenLevels, steps
 from rcpconv.quantizers.tables import fake_quantize_rows, int8_rows
+from rcpconv.quantizers.uniform import rounded_finely
 from rcpconv.scheme import UNQUANTIZED
 from rcpformat import arithmetic, spec
 
@@ -393,6 +394,21 @@ def test_ldp_weight_gradient_is_straight_through_inside_the_clip_range() -> None
     assert w.grad is not None
     inside = w.detach().abs() <= 0.5
     assert torch.allclose(w.grad, inside.float())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_finer_rounding_is_to_even_levels_of_a_group_and_passes_gradients_straight(bits: int) -> None:
+    weight = torch.randn(5, 172, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    integers, scale = rounded_finely(weight, 64, bits)
+    assert torch.equal(integers, integers.round()) and integers.abs().max() <= spec.LEVEL_LIMIT
+    grouped, found = to_groups(weight, 64), to_groups(integers * scale[:, None], 64)
+    step = (grouped.amax(-1).clamp(min=0) - grouped.amin(-1).clamp(max=0)) / (2**bits - 1)
+    # Half a step, and half a multiple of the row scale that levels are rounded to.
+    assert ((found - grouped).abs() <= 0.5001 * (step[..., None] + scale[:, None, None])).all()
+    assert max(len(group.unique()) for group in found[:, :2].flatten(0, 1)) <= 2**bits
+    (integers * scale[:, None]).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.ones_like(weight))
 
 
 def test_tables() -> None:

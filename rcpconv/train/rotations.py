@@ -1,0 +1,174 @@
+"""Learns rotations before training: those that cost the least when the model is quantized as it stands.
+
+After SpinQuant (arXiv 2405.16406), reconstructed for 2-bit weights: R1 and R2 start as Hadamard matrices and move on
+the orthogonal group by Cayley's map (torch's parametrization), down the divergence from the teacher. Weights,
+activations and KV cache are quantized meanwhile, and no weight learns. Departures: Adam takes the steps; weights have
+Lloyd-Max levels, whatever the method, which follow the rotation by an iteration a step; gradients reach a weight
+straight through the rounding, and by its level too, the mean of the weights that share it. They also go through a
+token's largest value, which its activation scale is taken from.
+
+Shape suffixes: B sequences, T positions, C hidden_size, L layers, D head_dim, N out-features, K in-features, G groups,
+g weights of one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
+
+from rcpconv.layers import ActivationQuantizer, QuantLinear, QuantTable
+from rcpconv.model import Decoder
+from rcpconv.quantizers.base import WeightQuantizer, channel_weights, to_groups
+from rcpconv.quantizers.functional import ZERO_TOKEN, Quantized, quantize_activations
+from rcpconv.quantizers.levels import assign, lloyd_max, select_nearest, sums_by_code
+from rcpconv.rotations import LearnedRotations
+from rcpconv.train.losses import Distillation, distill
+from rcpconv.train.optimizer import rate_factor
+
+BETAS = (0.9, 0.95)
+_WARMUP = 0.05
+_LINES = 10
+"""How often it is said how far it is."""
+
+
+class _Rotation(nn.Module):
+    """One orthogonal matrix, or several, from the identity on."""
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(shape[-1], device=device).expand(shape).clone())
+        orthogonal(self, orthogonal_map="cayley")
+
+
+class _Turned(nn.Module):
+    """Gives a parameter as it is with the rotations of the moment."""
+
+    def __init__(self, name: str, now: Callable[[], LearnedRotations]) -> None:
+        super().__init__()
+        self.name, self.now = name, now
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.now().turned(self.name, value)
+
+
+class _FollowingLevels(WeightQuantizer):
+    """Lloyd-Max levels of a weight that turns: means of the weights nearest to the levels of the step before."""
+
+    def __init__(self, weight_NK: Tensor, group_size: int) -> None:
+        n, k = weight_NK.shape
+        super().__init__(n, k, group_size)
+        self.counts_Gg = channel_weights(k, group_size, None, weight_NK.device)
+        self.before_NG4 = self.next_NG4 = lloyd_max(to_groups(weight_NK.detach().float(), group_size), self.counts_Gg)
+
+    def levels(self, grouped_NGg: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        code = assign(grouped_NGg.detach(), self.before_NG4)
+        mass_NG4 = sums_by_code(self.counts_Gg.expand_as(grouped_NGg), code)
+        mean_NG4 = sums_by_code(grouped_NGg * self.counts_Gg, code) / mass_NG4.clamp(min=1)
+        levels_NG4 = torch.where(mass_NG4 > 0, mean_NG4, self.before_NG4)
+        self.next_NG4 = levels_NG4.detach()
+        return levels_NG4
+
+    def select(self, grouped_NGg: Tensor, levels_NG4: Tensor, rounded_NG4: Tensor, scale_N: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        return select_nearest(grouped_NGg, levels_NG4, rounded_NG4, scale_N)
+
+    def follow(self) -> None:
+        """End a step. Not in `levels`, since a layer may be computed twice."""
+        self.before_NG4 = self.next_NG4
+
+
+class _ByPeak(nn.Module):
+    """An activation quantizer whose scale has a gradient by the token's largest value."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.bits, self.clip = quantizer.bits, quantizer.clip.detach()
+
+    def forward(self, x: Tensor) -> Quantized:
+        peak = x.abs().amax(dim=-1, keepdim=True).clamp(min=ZERO_TOKEN)
+        return quantize_activations(x, self.clip * (peak / peak.detach()), self.bits)
+
+
+def learn_rotations(
+    student: Decoder,
+    teacher: Decoder,
+    tokens: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    r1: bool,
+    r2: bool,
+    tell: Callable[[str], None],
+    low_memory: bool = False,
+) -> LearnedRotations:
+    """Learn R1, R2 of every layer, both or neither; the student is as it was in the end. Returns float64 matrices.
+
+    tokens: step -> (B, T) ids. rate: the largest one, of Adam, for the entries of Cayley's skew matrices. r1: not for a
+    model with one table, whose head turns back by Hadamard. tell: hears of the divergence, in nats.
+    """
+    a, device = student.architecture, student.inv_freq.device
+    assert not (r1 and a.tied_table), "one table knows of Hadamard rotations alone"
+    found: dict[str, _Rotation] = {}
+    if r1:
+        found["r1_CC"] = _Rotation(a.hidden_size, a.hidden_size, device=device)
+    if r2:
+        found["r2_LDD"] = _Rotation(a.num_layers, a.head_dim, a.head_dim, device=device)
+    if not found:
+        return LearnedRotations()
+    optimizer = torch.optim.Adam([p for each in found.values() for p in each.parameters()], lr=rate, betas=BETAS)
+    now = LearnedRotations()
+    with _turning(student, lambda: now) as quantizers:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_factor(step, steps, _WARMUP, 0.0, "linear")
+            now = LearnedRotations(**{name: each.weight for name, each in found.items()})
+            _, kl = distill(student, teacher, tokens(step), Distillation(kind="kl"), 1.0, low_memory=low_memory)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for quantizer in quantizers:
+                quantizer.follow()
+            if step in (0, steps - 1) or (step + 1) % max(1, steps // _LINES) == 0:
+                tell(f"rotations: step {step + 1} of {steps}, KL {float(kl):.4f}")
+    with torch.no_grad():
+        return LearnedRotations(**{name: each.double().weight.detach() for name, each in found.items()})
+
+
+@contextmanager
+def _turning(student: Decoder, now: Callable[[], LearnedRotations]) -> Iterator[list[_FollowingLevels]]:
+    """Within, the student's weights are turned, quantized to the levels that are given, and do not learn."""
+    learning = {p: p.requires_grad for p in student.parameters()}
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    turned: list[tuple[nn.Module, str]] = []
+    quantizers: list[_FollowingLevels] = []
+    for module in list(student.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ActivationQuantizer):
+                swapped.append((module, name, child))
+                setattr(module, name, _ByPeak(child))
+        if isinstance(module, QuantLinear):
+            swapped.append((module, "quantizer", module.quantizer))
+            quantizers.append(_FollowingLevels(module.weight, module.quantizer.group_size))
+            module.quantizer = quantizers[-1]
+        if isinstance(module, QuantLinear | QuantTable):
+            turned += [(module, part) for part, _ in module.named_parameters(recurse=False)]
+    names = {module: name for name, module in student.named_modules()}
+    for module, part in turned:
+        if not isinstance(module, QuantTable):  # losses.distill wants the table's gradient, turned or not
+            getattr(module, part).requires_grad_(False)
+        parametrize.register_parametrization(module, part, _Turned(f"{names[module]}.{part}", now), unsafe=True)
+    try:
+        yield quantizers
+    finally:
+        for module, part in turned:
+            parametrize.remove_parametrizations(module, part, leave_parametrized=False)
+        for module, name, child in swapped:
+            setattr(module, name, child)
+        for parameter, learns in learning.items():
+            parameter.requires_grad_(learns)
+            parameter.grad = None
