@@ -53,13 +53,10 @@ class PreparedModel:
     rotations: Rotations
     signs: Tensor
     """(hidden_size,) ±1 float64: R1 is x -> H(signs ∘ x) / √n."""
-<<<<<<< HEAD
     device: torch.device | str = "cpu"
     """Where tensors are computed, and are."""
-=======
     learned: LearnedRotations | None = None
     """What comes on top of R1 and R2."""
->>>>>>> i4-cpu
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) for every entry of the state of a decoder with folded norms, one at a time."""
@@ -90,17 +87,12 @@ class PreparedModel:
         store = self.source.tensors
         gain = store.get(spec.FINAL_GAIN, torch.float64, self.device) if name == spec.HEAD else None
         stored = spec.EMBED if self.source.tied_embeddings else name
-<<<<<<< HEAD
         for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64, self.device):
-            yield self._rotate_input(rows if gain is None else rows * gain).float()
-=======
-        for rows in store.blocks(f"{stored}.weight", TABLE_ROWS, torch.float64):
             rotated = self._rotate_input(rows if gain is None else rows * gain).float()
             yield self._turned(f"{name}.weight", rotated)
 
     def _turned(self, name: str, value: Tensor) -> Tensor:
-        return value if self.learned is None else self.learned.turned(name, value).float()
->>>>>>> i4-cpu
+        return value if self.learned is None else self.learned.turned(name, value).to(self.device, torch.float32)
 
     def _layer(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         a, store = self.architecture, self.source.tensors

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from rcpconv.checkpoint import load_source
+from rcpconv.errors import BadCompiler
 from rcpconv.layers import ComputeOptions
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, DecoderLayer
 from rcpconv.prepare import prepare, student_decoder
 from rcpconv.quantizers import METHODS, Learning, weight_quantizer
-from rcpconv.train.compiling import distances, layer_gradients, rounding_noise
+from rcpconv.train import compiling
+from rcpconv.train.compiling import Comparison, layer_gradients
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -23,9 +25,11 @@ def tiny_student(tmp_path, options: ComputeOptions) -> Decoder:
 
 def compare(student: Decoder, compiled, x: torch.Tensor) -> None:
     """Compiled gradients are as near to eager ones as those are to each other when the input moves by a rounding."""
-    eager = layer_gradients(student, student.layers[0], x)
-    found, noise = distances(eager, layer_gradients(student, compiled, x)), rounding_noise(student, x, eager)
-    far = [f"{n}: {found[n]:.2g}, noise {noise[n]:.2g}" for n in found if not found[n] <= 2 * noise[n] + 0.02]
+    far = []
+    for name, found in compiling.compare(student, compiled, x).items():
+        difference, noise = found.relative(found.difference), found.relative(found.noise)
+        if not difference <= 2 * noise + 0.02:
+            far.append(f"{name}: {difference:.2g}, noise {noise:.2g}")
     assert not far, "\n".join(far)
 
 
@@ -34,6 +38,35 @@ def test_a_layer_compiles_whole_and_gives_the_same_gradients(tmp_path) -> None:
     student = tiny_student(tmp_path, options)
     x = torch.randn(2, 24, student.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
     compare(student, torch.compile(student.layers[0].forward, backend="aot_eager", fullgraph=True), x)
+
+
+def test_gradients_that_are_wrong_are_told_from_other_rounding(tmp_path) -> None:
+    student = tiny_student(tmp_path, ComputeOptions())
+    x = torch.randn(2, 24, student.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    gradients = layer_gradients(student, student.layers[0].forward, x, 0)
+
+    def fault(name: str, factor: float) -> str:
+        gradient = gradients[name]
+        comparison = Comparison(gradient.numel())
+        comparison.add(gradient, gradient * factor, gradient * 1.01)
+        return comparison.fault()
+
+    clip, weight = "attn.input_quantizer.clip_logit", "mlp.down.weight"
+    assert [fault(clip, factor) for factor in (1.0, -1.0, 0.0, 5.0)] == ["", "", "is 0 times", "is 5 times"]
+    assert [fault(weight, factor) for factor in (1.0, 1.2, 0.0)] == ["", "", "differs by 100% from"]
+    assert fault(clip, float("nan")) == fault(weight, float("nan")) == "is not finite, unlike"
+
+
+def test_a_compiler_that_loses_gradients_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_student(tmp_path, ComputeOptions())
+    tokens = torch.randint(student.architecture.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def compiled_wrongly(self: DecoderLayer, *arguments, **more) -> None:
+        self._compiled_call_impl = lambda x, *rest: self.forward(x, *rest).detach() + x * 0
+
+    monkeypatch.setattr(DecoderLayer, "compile", compiled_wrongly)
+    with pytest.raises(BadCompiler, match=r"layers\.0\.input a gradient that differs by 100% from the one without"):
+        compiling.compile_layers(student, student, tokens)
 
 
 @pytest.mark.parametrize(
