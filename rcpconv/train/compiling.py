@@ -72,18 +72,16 @@ class Comparison:
     def fault(self) -> str:
         """What is wrong with the compiled gradients, or nothing.
 
-        The gradient of a single number, a clip, is what is left of millions of terms. Fused operations round less in
-        bfloat16 than eager ones, in every term, which moved inputs do not show, and may well change its sign. So it has
-        to be of the same size alone.
+        The gradient of a single number, a clip, is what is left of millions of terms. Where noise is as large as it, no
+        gradient at all would pass; so its size counts too.
         """
-        if not math.isfinite(self.compiled):
+        size, difference = (self.relative(squares) for squares in (self.compiled, self.difference))
+        if not math.isfinite(difference):
             return "is not finite, unlike"
-        if self.numbers == 1:
-            size = math.sqrt(self.compiled / max(self.eager, 1e-60))
-            return "" if 1 / _FACTOR <= size <= _FACTOR or self.eager == self.compiled else f"is {size:.2g} times"
-        difference = self.relative(self.difference)
         if difference > _DIFFERENCE + 2 * self.relative(self.noise):
             return f"differs by {difference:.0%} from"
+        if self.numbers == 1 and not (1 / _FACTOR <= size <= _FACTOR or self.eager == self.compiled):
+            return f"is {size:.2g} times"
         return ""
 
 
