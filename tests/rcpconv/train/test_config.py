@@ -179,8 +179,9 @@ def test_the_default_recipe_is_one_file_and_leaves_the_papers_alone(
     paper = build_config("m", "paper", {})
     for name in ("default", "demo", "paper"):
         (tmp_path / f"{name}.toml").write_text((config.BUNDLED / f"{name}.toml").read_text(encoding="utf-8"))
-    with (tmp_path / "default.toml").open("a") as file:
-        file.write('\nloss = "kl"\nlr_factor = 2.0\nquantizer_factor = 3.0\nweight_reach = 0.5\nself_share = 0.3\n')
+    (tmp_path / "default.toml").write_text(
+        'loss = "kl"\nlr_factor = 2.0\nquantizer_factor = 3.0\nweight_reach = 0.5\nself_share = 0.3\n'
+    )
     monkeypatch.setattr(config, "BUNDLED", tmp_path)
     mine = tmp_path / "mine.toml"
     mine.write_text("weight_reach = 0.25\n")
