@@ -137,7 +137,9 @@ def compile_updates(optimizers: Iterable[Any]) -> None:
     for device, dtype, rows, states, betas in sorted({kind for each in lean for kind in each.kinds()}, key=str):
         numbers = _UPDATED[device.type] + (0 if rows else 1)
         generator = torch.Generator(device).manual_seed(0)
-        start, *gradients = torch.randn(1 + _UPDATES, numbers, generator=generator, device=device).to(dtype)
+        start, *gradients = (
+            torch.randn(numbers, generator=generator, device=device).to(dtype) for _ in range(1 + _UPDATES)
+        )
         eager, compiled = (_updated(start, gradients, betas, states, compiled) for compiled in (False, True))
         for what in eager:
             change = (eager[what] - start.float() if what == "weights" else eager[what]).norm()

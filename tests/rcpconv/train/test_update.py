@@ -61,14 +61,16 @@ def test_compiled_updates_are_the_eager_ones_and_compiled_once(states: str, dtyp
         pytest.importorskip("torchao", reason="the extra low-memory is not installed")
     eager, eager_states = trained(states, dtype, compiled=False)
     graphs, kernels = counters["stats"]["unique_graphs"], metrics.generated_kernel_count
-    (compiled, compiled_states), code = run_and_get_code(trained, states, dtype, compiled=True)
+    optimizer = lean([torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in SIZES], states, compiled=True)
+    _, code = run_and_get_code(compile_updates, [optimizer])  # as a training does, before its first step
+    compiled, compiled_states = trained(states, dtype, compiled=True)
     assert counters["stats"]["unique_graphs"] == graphs + 1
     for a, b in zip((*compiled, *compiled_states), (*eager, *eager_states), strict=True):
         # In another order of operations, a value now and then takes the other neighbour of its form.
         same = torch.isclose(a.float(), b.float(), rtol=1e-5, atol=1e-7)
         assert same.float().mean() > 0.999
         torch.testing.assert_close(a.float(), b.float(), rtol=0.02 if states != "int8" else 0.1, atol=1e-3)
-    assert torch.equal(compiled[-1], eager[-1])
+    assert torch.equal(compiled[-1], eager[-1]) and len(code) == 1
     if states != "int8":  # where a CPU's loops are not those of a GPU
         assert metrics.generated_kernel_count == kernels + 1
         assert all("= empty_strided_cpu(" not in part for part in code)
