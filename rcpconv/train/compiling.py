@@ -1,4 +1,4 @@
-"""torch.compile for the layers of student and teacher, and the proof that it does not change what a layer learns.
+"""torch.compile for layers and updates of small states, and the proof that it does not change what they do.
 
 torch 2.11 once gave a compiled layer zero gradients without a word (docs/log.md, 2026-11-22), so gradients are compared
 before the first update. Knows nothing of runs.
@@ -9,14 +9,16 @@ Shape suffixes: B sequences, T positions, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcpconv.errors import BadCompiler
 from rcpconv.model import Decoder
+from rcpconv.train.memory import LeanAdamW
 
 ROUNDING = 2.0**-20
 """A relative change of a layer's input as small as float32 operations in another order make."""
@@ -26,6 +28,14 @@ _DIFFERENCE = 0.2
 """How far a compiled tensor of gradients may be from the eager one, beside twice what moved inputs change."""
 _FACTOR = 4.0
 """How many times larger or smaller a compiled gradient of a single number may be."""
+
+_UPDATES = 3
+"""How many are compared."""
+_UPDATED = {"cpu": 1 << 14, "cuda": 1 << 22}
+"""Values that they change; so many that Triton's choice among forms of a kernel suits large weights."""
+_UPDATE_DIFFERENCE = 0.1
+"""How far weights and states may be from the eager ones, as a share of their change: now and then one is rounded to the
+other neighbour."""
 
 Gradients = dict[str, Tensor]
 
@@ -116,3 +126,40 @@ def layer_gradients(student: Decoder, layer: Callable[..., Tensor], x_BTC: Tenso
     found = {"input": x_BTC.grad} | {name: p.grad for name, p in student.layers[0].named_parameters()}
     student.layers[0].zero_grad(set_to_none=True)
     return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def compile_updates(optimizers: Iterable[Any]) -> None:
+    """Have each kind of update compiled that these make. Raises BadCompiler where compiled ones are not the eager ones.
+
+    Compiled here and not in the first step: a step may be within a backward pass.
+    """
+    lean = [optimizer for optimizer in optimizers if isinstance(optimizer, LeanAdamW) and optimizer.compiled]
+    for device, dtype, rows, states, betas in sorted({kind for each in lean for kind in each.kinds()}, key=str):
+        numbers = _UPDATED[device.type] + (0 if rows else 1)
+        generator = torch.Generator(device).manual_seed(0)
+        start, *gradients = (
+            torch.randn(numbers, generator=generator, device=device).to(dtype) for _ in range(1 + _UPDATES)
+        )
+        eager, compiled = (_updated(start, gradients, betas, states, compiled) for compiled in (False, True))
+        for what in eager:
+            change = (eager[what] - start.float() if what == "weights" else eager[what]).norm()
+            difference = float((compiled[what] - eager[what]).norm() / change)
+            if not difference <= _UPDATE_DIFFERENCE:
+                raise BadCompiler(
+                    f"compile: torch.compile of torch {torch.__version__} makes updates of {dtype} weights with "
+                    f"{states} states whose {what} differ by {difference:.0%} from those without; train with "
+                    "--compile off, or try another torch"
+                )
+
+
+def _updated(
+    start: Tensor, gradients: list[Tensor], betas: tuple[float, float], states: str, compiled: bool
+) -> dict[str, Tensor]:
+    """Weights and both states after a few updates, float32."""
+    weight = nn.Parameter(start.clone())
+    group = {"params": [weight], "lr": 1e-2, "weight_decay": 0.1}
+    optimizer = LeanAdamW([group], betas, states, seed=0, compiled=compiled)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    return {"weights": weight.detach().float()} | optimizer.read(weight)

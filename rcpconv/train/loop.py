@@ -35,7 +35,7 @@ from rcpconv.runs import METRICS, PLOT, ROTATIONS, Run
 from rcpconv.scheme import UNQUANTIZED, WEIGHT_BITS
 from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean, pull_to_levels
-from rcpconv.train.compiling import compile_layers
+from rcpconv.train.compiling import compile_layers, compile_updates
 from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_confidence
 from rcpconv.train.memory import StepInBackward, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
@@ -114,6 +114,7 @@ class Trainer:
             narrow_weights(student)
         if config.compile == "on":
             compile_layers(student, teacher, self._tokens(0, self.batch))
+            compile_updates(getattr(self.optimizer, "optimizers", [self.optimizer]))
         distributed.shard(student, self.optimizer.param_groups)
         distributed.shard(teacher, [])
         self.parameters = [p for p in student.parameters() if p.requires_grad]

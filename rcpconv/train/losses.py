@@ -28,6 +28,8 @@ CPU_CHUNK, CUDA_CHUNK = 1 << 20, 1 << 27
 """Logits in memory at a time."""
 LOW_MEMORY_SHARE = 8
 """By so much fewer with low_memory."""
+LEAST_ROWS = 512
+"""Tokens in memory at a time on CUDA, at least: the head's table is read, and its gradient added to, for each chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +75,16 @@ def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient * known_M1
 
 
-def chunk_logits(device_type: str, low_memory: bool = False) -> int:
+def chunk_logits(device_type: str, vocab_size: int, low_memory: bool = False) -> int:
     """How many logits are in memory at a time, of each of the two models."""
-    return (CUDA_CHUNK // LOW_MEMORY_SHARE if low_memory else CUDA_CHUNK) if device_type == "cuda" else CPU_CHUNK
+    if device_type != "cuda":
+        return CPU_CHUNK
+    return max(CUDA_CHUNK // LOW_MEMORY_SHARE if low_memory else CUDA_CHUNK, LEAST_ROWS * vocab_size)
 
 
 def chunk_rows(count: int, vocab_size: int, device: torch.device, low_memory: bool = False) -> int:
     """How many of so many tokens' logits are computed at a time: chunks of one size, where that divides them."""
-    most = max(1, chunk_logits(device.type, low_memory) // vocab_size)
+    most = max(1, chunk_logits(device.type, vocab_size, low_memory) // vocab_size)
     return math.ceil(count / math.ceil(count / most))
 
 

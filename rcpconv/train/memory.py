@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from rcpconv.errors import BadOption
 from rcpconv.layers import FloatLinear, FloatTable, QuantLinear, QuantTable
 from rcpconv.quantizers.tables import int8_rows
+from rcpconv.train.update import BLOCK, EightBits, Rates, State, compiled_update, noise_like, read, update
 
-BLOCK = 256
-"""Values that share the scale of an 8-bit state."""
 SMALLEST_IN_8_BITS = 4096
 """Parameters with fewer values keep float32 states: there is nothing to gain."""
 _SLICE = 1 << 24
 """Values that are updated at a time, a multiple of BLOCK: what an update needs beside its states is bounded by it."""
 _CLIP_EPS = 1e-6
 """As in torch.nn.utils.clip_grads_with_norm_."""
-_EPS = 1e-8
 _PRIME = 1_000_003
 _INSTALL = "pip install 'rcpconv[low-memory]' (torchao)"
 
 Group = dict[str, Any]
+Kind = tuple[torch.device, torch.dtype, bool, str, tuple[float, float]]
+"""Of an update: device, dtype of weights, whether they are whole blocks, states, betas."""
 
 
 class StepInBackward:
@@ -90,10 +90,21 @@ class LeanAdamW:
     numbers follow from seed, parameter and step alone.
     """
 
-    def __init__(self, groups: list[Group], betas: tuple[float, float], states: str, seed: int, first: int = 0) -> None:
-        """groups: as torch.optim.AdamW takes them, with lr and weight_decay. first: place of the first parameter."""
+    def __init__(
+        self,
+        groups: list[Group],
+        betas: tuple[float, float],
+        states: str,
+        seed: int,
+        first: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        """groups: as torch.optim.AdamW takes them, with lr and weight_decay. first: place of the first parameter.
+
+        compiled: whether the updates of all but small parameters are.
+        """
         self.param_groups, self.first = groups, first
-        self.betas, self.states, self.seed = betas, states, seed
+        self.betas, self.states, self.seed, self.compiled = betas, states, seed, compiled
         self.steps = 0
         self.moments: dict[int, list[tuple[Tensor, ...]]] = {}
         """By the parameter's place: the two states of each slice."""
@@ -105,43 +116,55 @@ class LeanAdamW:
                 yield place, parameter, group
                 place += 1
 
-    def _zeros(self, place: int, like: Tensor) -> list[tuple[Tensor, ...]]:
+    def _zeros(self, like: Tensor) -> list[tuple[Tensor, ...]]:
         sizes = [len(part) for part in _slices(like.detach())]
         if self.states == "int8" and sum(sizes) >= SMALLEST_IN_8_BITS and sum(sizes) % BLOCK == 0:
             state = eight_bits()
             return [tuple(state.zeros(n, signed, BLOCK, like.device) for signed in (True, False)) for n in sizes]
         dtype = torch.bfloat16 if self.states == "bf16" else torch.float32
-        return [tuple(torch.zeros(2, n, dtype=dtype, device=like.device)) for n in sizes]
+        return [tuple(torch.zeros(n, dtype=dtype, device=like.device) for _ in range(2)) for n in sizes]
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         self.steps += 1
+        beta1, beta2 = self.betas
         for place, parameter, group in self._places():
             if parameter.grad is None:
                 continue
-            moments = self.moments.setdefault(place, self._zeros(place, parameter))
-            random = torch.Generator(parameter.device)
-            random.manual_seed((self.seed * _PRIME + place * 2**20 + self.steps) % 2**63)
-            parts = (_slices(parameter.detach()), _slices(parameter.grad), moments)
+            if place not in self.moments:
+                self.moments[place] = self._zeros(parameter)
+            rate = group["lr"]
+            numbers = (1 - rate * group["weight_decay"], rate / (1 - beta1**self.steps), 1 - beta2**self.steps)
+            rates = Rates(*(torch.tensor(number, dtype=torch.float32) for number in numbers))
+            random = self._random(place, parameter)
+            parts = (_slices(parameter.detach()), _slices(parameter.grad), self.moments[place])
             for weight, gradient, (mean, square) in zip(*parts, strict=True):
-                self._update(weight, gradient.float(), mean, square, group, random)
+                change = compiled_update if self.compiled and len(weight) >= SMALLEST_IN_8_BITS else update
+                noise = None if random is None else noise_like(weight, random)
+                values = (_rows(weight), _rows(gradient), _state(mean), _state(square))
+                change(*values, self.betas, rates, None if noise is None else _rows(noise))
 
-    def _update(
-        self, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Group, random: torch.Generator
-    ) -> None:
-        beta1, beta2 = self.betas
-        m = _read(mean).lerp_(gradient, 1 - beta1)
-        v = _read(square).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        mean.copy_(m)
-        square.copy_(v)
-        rate = group["lr"]
-        new = weight.float() * (1 - rate * group["weight_decay"])
-        denominator = v.div_(1 - beta2**self.steps).sqrt_().add_(_EPS)
-        new.addcdiv_(m, denominator, value=-rate / (1 - beta1**self.steps))
-        if weight.dtype == torch.bfloat16:
-            stochastic_bfloat16_(new, random)
-        weight.copy_(new)
+    def _random(self, place: int, parameter: Tensor) -> torch.Generator | None:
+        """Where the random numbers of an update come from, if it needs any."""
+        if parameter.dtype != torch.bfloat16:
+            return None
+        random = torch.Generator(parameter.device)
+        return random.manual_seed((self.seed * _PRIME + place * 2**20 + self.steps) % 2**63)
+
+    def kinds(self) -> set[Kind]:
+        """Of the updates that are compiled."""
+        large = [p for _, p, _ in self._places() if p.numel() >= SMALLEST_IN_8_BITS]
+        return {(p.device, p.dtype, p.numel() % BLOCK == 0, self.states, self.betas) for p in large}
+
+    def read(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter, float32."""
+        (place,) = (place for place, each, _ in self._places() if each is parameter)
+        pairs = zip(*self.moments[place], strict=True)
+        return {
+            name: torch.cat([read(_state(part)).flatten() for part in parts])
+            for name, parts in zip(("means", "mean squares"), pairs, strict=True)
+        }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
@@ -158,7 +181,7 @@ class LeanAdamW:
         self.steps = state["steps"]
         parameters = {place: parameter for place, parameter, _ in self._places()}
         for place, pairs in state["moments"].items():
-            self.moments[place] = self._zeros(place, parameters[place])
+            self.moments[place] = self._zeros(parameters[place])
             for into, values in zip(self.moments[place], pairs, strict=True):
                 for tensor, value in zip(into, values, strict=True):
                     _restore(tensor, value)
@@ -179,11 +202,14 @@ def _slices(x: Tensor) -> tuple[Tensor, ...]:
     return here.reshape(-1).split(_SLICE)  # type: ignore[no-any-return]
 
 
-def _read(state: Tensor) -> Tensor:
-    """A float32 copy."""
-    if hasattr(state, "codes"):
-        return state.dequantize()
-    return state.to(torch.float32, copy=True)
+def _rows(x: Tensor) -> Tensor:
+    """Values in rows of BLOCK, where that divides their number."""
+    return x.view(-1, BLOCK) if len(x) % BLOCK == 0 else x
+
+
+def _state(state: Any) -> State:
+    """What an update takes, its values in rows."""
+    return EightBits(_rows(state.codes), state.scale, state.qmap) if hasattr(state, "codes") else _rows(state)
 
 
 def _plain(state: Any) -> Any:
@@ -196,14 +222,6 @@ def _restore(state: Any, value: Any) -> None:
         state.scale.copy_(value["scale"])
     else:
         state.copy_(value)
-
-
-def stochastic_bfloat16_(x: Tensor, random: torch.Generator) -> Tensor:
-    """Round float32 in place to a neighbouring bfloat16 value, the nearer the likelier, so that the mean is exact."""
-    bits = x.view(torch.int32)
-    bits.add_(torch.randint(0, 1 << 16, bits.shape, generator=random, device=x.device, dtype=torch.int32))
-    bits.bitwise_and_(-(1 << 16))
-    return x
 
 
 def narrow_weights(student: nn.Module) -> None:

@@ -80,7 +80,8 @@ def make_optimizer(student: nn.Module, config: QuantizeConfig) -> torch.optim.Ad
     def adamw(groups: list[_Group], first: int = 0) -> torch.optim.AdamW | LeanAdamW:
         if config.optimizer_states in (AUTO, "fp32") and config.master_weights in (AUTO, "fp32"):
             return torch.optim.AdamW(groups, betas=config.betas, fused=True)
-        return LeanAdamW(groups, config.betas, config.optimizer_states, config.seed, first)
+        compiled = config.compile == "on"
+        return LeanAdamW(groups, config.betas, config.optimizer_states, config.seed, first, compiled)
 
     def muon(groups: list[_Group], first: int = 0) -> torch.optim.Optimizer:
         return torch.optim.Muon(groups, momentum=_MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")

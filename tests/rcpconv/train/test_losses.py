@@ -11,7 +11,15 @@ from rcpconv.checkpoint import load_source
 from rcpconv.layers import ComputeOptions
 from rcpconv.prepare import Rotations, original_decoder, prepare, rotated_decoder, rotation_signs, student_decoder
 from rcpconv.train import losses
-from rcpconv.train.losses import UNKNOWN, Distillation, Matching, distill, teacher_confidence
+from rcpconv.train.losses import (
+    LEAST_ROWS,
+    UNKNOWN,
+    Distillation,
+    Matching,
+    chunk_rows,
+    distill,
+    teacher_confidence,
+)
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -127,3 +135,13 @@ def test_teacher_confidence_is_the_mean_top_probability(tmp_path: Path, monkeypa
     expected = torch.cat([teacher(tokens).softmax(-1).amax(-1) for tokens in batches]).mean().item()
     monkeypatch.setattr(losses, "CPU_CHUNK", 3 * 290)
     assert teacher_confidence(teacher, batches) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("vocab_size", "low_memory", "rows"), [(32_000, False, 4096), (32_000, True, 512)])
+def test_chunks_of_a_gpu_are_of_one_size(vocab_size: int, low_memory: bool, rows: int) -> None:
+    assert chunk_rows(16_384, vocab_size, torch.device("cuda"), low_memory) == rows
+
+
+def test_a_large_vocabulary_has_chunks_of_as_many_tokens_as_make_up_for_reading_its_table() -> None:
+    assert chunk_rows(16_384, 128_256, torch.device("cuda"), low_memory=True) == LEAST_ROWS
+    assert chunk_rows(100, 128_256, torch.device("cuda"), low_memory=True) == 100

@@ -18,9 +18,10 @@ from rcpconv.prepare import original_decoder, prepare, student_decoder
 from rcpconv.quantize import quantize
 from rcpconv.runs import Run
 from rcpconv.train.losses import Distillation, distill
-from rcpconv.train.memory import LeanAdamW, StepInBackward, int8_teacher, narrow_weights, stochastic_bfloat16_
+from rcpconv.train.memory import LeanAdamW, StepInBackward, int8_teacher, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, set_rates
 from rcpconv.train.progress import read_metrics
+from rcpconv.train.update import noise_like, stochastic_bfloat16
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -157,7 +158,8 @@ def test_small_states_update_nearly_as_float32_ones(states: str, far: float) -> 
 def test_weights_are_rounded_to_bfloat16_with_the_right_mean() -> None:
     random = torch.Generator().manual_seed(0)
     for value in (0.3, -0.3, 1 + 2.0**-12):
-        rounded = stochastic_bfloat16_(torch.full((100_000,), value), random)
+        x = torch.full((100_000,), value)
+        rounded = stochastic_bfloat16(x, noise_like(x, random))
         assert torch.equal(rounded, rounded.bfloat16().float())
         assert len(rounded.unique()) == 2
         assert rounded.double().mean().item() == pytest.approx(value, rel=2e-5)
