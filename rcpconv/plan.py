@@ -98,6 +98,13 @@ def look_at_machine(device: str) -> Machine:
     )
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for a process that is to see one GPU alone, for each of those seen here."""
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return given[:count] or [str(i) for i in range(count)]
+
+
 SUPPOSED_FLOPS = 7e14
 """Of a GPU that is not there: an H100's or H200's large matmuls in bfloat16."""
 

@@ -46,7 +46,7 @@ from rcpconv.errors import ConversionError
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
-from rcpconv.plan import Machine, Plan, look_at_machine, make_plan
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, visible_gpus
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import EVALUATION_WINDOW, keep_result, new_run, untrained_student
 from rcpconv.runs import FINISHED, METRICS, now, replacing, write_json
@@ -309,12 +309,6 @@ class _Claim:
             return int(self.value.value) - 1
 
 
-def gpus() -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each GPU there is; without any, None."""
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return [*(given or map(str, range(torch.cuda.device_count())))] or [None]
-
-
 def run_all(job: Job, processes: int) -> None:
     """All sets, in this process or several others, which take the GPUs in turn."""
     spawning = multiprocessing.get_context("spawn")
@@ -323,8 +317,8 @@ def run_all(job: Job, processes: int) -> None:
         _prepare(job)
         work(job, claim)
         return
-    devices = gpus()
-    arguments = [(job, claim, devices[i % len(devices)]) for i in range(processes)]
+    gpus: list[str | None] = [*visible_gpus()] or [None]
+    arguments = [(job, claim, gpus[i % len(gpus)]) for i in range(processes)]
     workers = [spawning.Process(target=work, args=each) for each in arguments]
     for worker in workers:
         worker.start()

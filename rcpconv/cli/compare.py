@@ -47,7 +47,9 @@ _GRID = "2e-4,4.5e-4,1e-3"
 @click.option(
     "--generation-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of a continuation."
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side, on all GPUs in turn."
+)
 @click.option("--keep-runs", is_flag=True, help="Leave a run folder for every training in the table.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Steps. Default: only when stopped.")
 @click.option(

@@ -6,6 +6,7 @@ is never done again, so the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from rcpconv.config import DEFAULT_CORPUS
 from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.generation import PROMPT_TOKENS
 from rcpconv.heldout import fetch_wikitext2
-from rcpconv.plan import Machine, Plan, look_at_machine
+from rcpconv.plan import Machine, Plan, look_at_machine, visible_gpus
 from rcpconv.quantize import check_texts, stoppable
 from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import duration
@@ -54,7 +55,8 @@ def compare(
 ) -> dict[str, Any] | None:
     """Do what is left of a comparison in folder `out`; returns its summary (None after a dry run, or out of time).
 
-    jobs: how many processes train side by side. keep_runs: leave the run folders of the trainings in the table.
+    jobs: how many processes train side by side; they take all GPUs in turn where `device` names none ("cuda:1").
+    keep_runs: leave the run folders of the trainings in the table.
     checkpoint_every: steps, to resume from after a kill; 0 = only when stopped by Ctrl-C, SIGTERM or `minutes`.
     minutes: nothing is begun that would probably end later, and what still runs then saves a checkpoint; the same call
     goes on.
@@ -65,6 +67,7 @@ def compare(
     out = out.absolute()
     shape = shape_of(out, comparison)
     machine = look_at_machine(device)
+    gpus = visible_gpus() if machine.kind == "cuda" and ":" not in device else []
     source = load_source(comparison.model, revision=comparison.revision)
     begin_of_generation = PROMPT_TOKENS + comparison.generation_tokens + 1
     if comparison.generations and begin_of_generation > source.architecture.max_position_embeddings:
@@ -78,13 +81,13 @@ def compare(
         first = plan_cell(comparison, finals[0], source, machine, {}).config
         shape = {name: getattr(first, name) for name in _SHAPE}
     plans = {cell.variant: plan_cell(comparison, cell, source, machine, shape) for cell in finals}
-    _show(comparison, plans, shape, machine, out, jobs, console)
+    _show(comparison, plans, shape, machine, out, jobs, gpus, console)
     if dry_run:
         return None
     if not force:
         for each in plans.values():
             each.require_machine(out)
-        _require_room(max(each.memory_bytes for each in plans.values()), machine, jobs)
+        _require_room(max(each.memory_bytes for each in plans.values()), machine, jobs, gpus)
     trained = next((each.config for each in plans.values() if each.steps), None)
     if trained is not None:
         check_texts(trained)
@@ -107,7 +110,7 @@ def compare(
         with opened(out, comparison, shape) as folder, stoppable(tell), clock.alarm():
             workshop = Workshop(folder=folder, source=source, console=live, **arguments)
             workshop.prepare()
-            with _working(jobs, workshop, {"folder": folder, **arguments}) as work:
+            with _working(jobs, workshop, {"folder": folder, **arguments}, gpus) as work:
                 return _phases(comparison, folder, work, clock, machine, console)
     except Interrupted:
         if clock.short:
@@ -116,11 +119,11 @@ def compare(
 
 
 @contextmanager
-def _working(jobs: int, workshop: Workshop, arguments: dict[str, Any]) -> Iterator[Alone | SideBySide]:
+def _working(jobs: int, workshop: Workshop, arguments: dict[str, Any], gpus: list[str]) -> Iterator[Alone | SideBySide]:
     if jobs == 1:
         yield Alone(workshop)
         return
-    with side_by_side(jobs, _make_workshop, arguments) as work:
+    with side_by_side(jobs, _make_workshop, arguments, gpus) as work:
         yield work
 
 
@@ -196,10 +199,11 @@ def _line(cell: Cell, result: Result) -> str:
     return f"{what}: {', '.join(figures)} ({duration(result['seconds'])})"
 
 
-def _require_room(needed: int, machine: Machine, jobs: int) -> None:
-    if jobs * needed > _USABLE_MEMORY * machine.memory_bytes:
+def _require_room(needed: int, machine: Machine, jobs: int, gpus: list[str]) -> None:
+    each = math.ceil(jobs / max(1, len(gpus)))
+    if each * needed > _USABLE_MEMORY * machine.memory_bytes:
         raise NotEnoughMachine(
-            f"jobs: {jobs} trainings side by side take about {jobs * needed / 1e9:.1f} GB, {machine.name} has "
+            f"jobs: {each} trainings side by side take about {each * needed / 1e9:.1f} GB, {machine.name} has "
             f"{machine.memory_bytes / 1e9:.1f} GB free; give fewer --jobs, or --force"
         )
 
@@ -211,6 +215,7 @@ def _show(
     machine: Machine,
     out: Path,
     jobs: int,
+    gpus: list[str],
     console: Console,
 ) -> None:
     """What there is to do, before it is begun."""
@@ -234,7 +239,7 @@ def _show(
     chosen = f"; chosen on {comparison.validation_tokens:,} tokens kept back from the training text" if points else ""
     for line in (
         f"rates     {rates}, the same for every variant{chosen}",
-        f"machine   {machine.name}, {jobs} side by side",
+        f"machine   {f'{len(gpus)} × ' if len(gpus) > 1 and jobs > 1 else ''}{machine.name}, {jobs} side by side",
         f"training  {(len(trained) * once + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
         f"seeds; steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens; about "
         f"{duration(seconds)} one after another, without compilation and evaluation",

@@ -1,4 +1,4 @@
-"""Cells in this process, or in several side by side on one device. Knows nothing of what a cell is made of."""
+"""Cells in this process, or in several side by side, which take the GPUs in turn. Knows nothing of cells' insides."""
 
 from __future__ import annotations
 
@@ -98,16 +98,19 @@ class SideBySide:
 
 
 @contextmanager
-def side_by_side(jobs: int, make: Callable[..., Does], arguments: dict[str, Any]) -> Iterator[SideBySide]:
+def side_by_side(
+    jobs: int, make: Callable[..., Does], arguments: dict[str, Any], gpus: Sequence[str] = ()
+) -> Iterator[SideBySide]:
     """Processes that do cells, until the block ends; then they save what they are at, and end.
 
-    make(**arguments) makes what does cells in a process; both are pickled.
+    make(**arguments) makes what does cells in a process; both are pickled. gpus: what CUDA_VISIBLE_DEVICES is in the
+    processes, in turn; none = as it is here.
     """
     context = multiprocessing.get_context("spawn")
     workers = []
-    for _ in range(jobs):
+    for i in range(jobs):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, make, arguments))
+        process = context.Process(target=_work, args=(theirs, make, arguments, gpus[i % len(gpus)] if gpus else None))
         process.start()
         theirs.close()
         workers.append(_Worker(process=process, pipe=ours))
@@ -124,8 +127,10 @@ def side_by_side(jobs: int, make: Callable[..., Does], arguments: dict[str, Any]
                 worker.process.kill()
 
 
-def _work(pipe: Connection, make: Callable[..., Does], arguments: dict[str, Any]) -> None:
-    """What a worker does: cells, until there are no more."""
+def _work(pipe: Connection, make: Callable[..., Does], arguments: dict[str, Any], gpu: str | None) -> None:
+    """What a worker does: cells, until there are no more. gpu: the only one that it sees."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is below
     from rcpconv.train.loop import Interrupted
 
     os.setsid()  # Ctrl-C is the first process's to answer

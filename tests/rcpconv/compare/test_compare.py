@@ -26,11 +26,12 @@ from rcpconv.compare import workers, workshop
 from rcpconv.compare.clock import Clock
 from rcpconv.compare.folder import PLAN
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
-from rcpconv.compare.run import compare
+from rcpconv.compare.run import _require_room, compare
 from rcpconv.compare.score import score
-from rcpconv.errors import BadOption, BadRun, BadTrainingData, ConversionError
+from rcpconv.errors import BadOption, BadRun, BadTrainingData, ConversionError, NotEnoughMachine
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.export import export
+from rcpconv.plan import Machine, visible_gpus
 from rcpconv.prepare import original_decoder
 from rcpconv.runs import Run
 from rcpconv.train.loop import Interrupted, Trainer
@@ -408,6 +409,69 @@ def test_folders_of_something_else_and_damaged_results(finished: Path, place: Pa
             work(place, finished, generations=3)
     finally:
         result.write_bytes(content)
+
+
+class Sees:
+    """Says which GPUs its process sees."""
+
+    def do(self, cell: Cell) -> dict[str, Any]:
+        return {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+@pytest.mark.parametrize(
+    ("set_to", "there", "found"),
+    [(None, 2, ["0", "1"]), ("3, 5,-1", 2, ["3", "5"]), ("", 0, []), (None, 0, [])],
+)
+def test_gpus_that_are_seen(set_to: str | None, there: int, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_to)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert visible_gpus() == found
+
+
+def test_side_by_side_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as if it were started, but in this process."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    seen: list[str] = []
+
+    class Context:
+        Pipe = staticmethod(Pipe)
+
+        class Process:
+            exitcode = 0
+
+            def __init__(self, target: Any, args: Any) -> None:
+                self.target, (_, *self.args) = target, args
+
+            def start(self) -> None:
+                ours, theirs = Pipe()
+                ours.send(Cell(kind=FINAL, variant="ldp"))
+                thread = threading.Thread(target=self.target, args=(theirs, *self.args))
+                thread.start()
+                seen.append(ours.recv()["gpus"])
+                ours.close()
+                thread.join()
+                os.environ["CUDA_VISIBLE_DEVICES"] = "3,5"
+
+            def join(self, seconds: float) -> None:
+                pass
+
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda how: Context)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with workers.side_by_side(3, Sees, {}, visible_gpus()):
+        assert seen == ["3", "5", "3"]
+    with workers.side_by_side(1, Sees, {}):
+        assert seen[3:] == ["3,5"]
+
+
+def test_room_is_needed_on_each_gpu() -> None:
+    machine = Machine(device="cuda:0", name="a GPU", memory_bytes=100 << 30, flops=1.0)
+    _require_room(20 << 30, machine, 8, ["0", "1"])
+    with pytest.raises(NotEnoughMachine, match=r"jobs: 5 trainings side by side take about 107\.4 GB, a GPU has"):
+        _require_room(20 << 30, machine, 9, ["0", "1"])
 
 
 def test_side_by_side_every_cell_is_done_once_and_variants_stay_where_they_were_compiled() -> None:
