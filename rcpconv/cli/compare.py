@@ -31,8 +31,14 @@ _GRID = "2e-4,4.5e-4,1e-3"
 @click.option(
     "--lr-grid", default=_GRID, show_default=True, metavar="LR,...", help="Rates to try, the same for every variant."
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the best variants; others one.")
-@click.option("--best", type=click.IntRange(0), default=2, show_default=True, help="How many get all seeds.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the best methods; others one.")
+@click.option(
+    "--best",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="How many methods get all seeds, each in its best variant.",
+)
 @click.option(
     "--validation-tokens",
     type=_VALIDATION,

@@ -38,12 +38,20 @@ def final(comparison: Comparison, folder: Folder, variant: str, seed: int = 0) -
     return None if rates is None else Cell(kind=FINAL, variant=variant, rates=rates, seed=seed)
 
 
-def best_variants(comparison: Comparison, folder: Folder) -> list[str]:
-    """The variants that are trained with all seeds: the best ones of those that are trained and of equal form."""
+def ranked(comparison: Comparison, folder: Folder) -> list[list[str]]:
+    """The variants that are trained and of equal form, by method: the best first, in a method and of methods."""
     found = {}
     for variant in comparison.variants:
         cell = final(comparison, folder, variant.name)
         value = validation(folder.result(cell)) if cell is not None else None
         if variant.trained and comparison.of_equal_form(variant.name) and value is not None:
             found[variant.name] = value
-    return sorted(found, key=lambda name: found[name])[: comparison.best]
+    methods: dict[str, list[str]] = {}
+    for name in sorted(found, key=lambda name: found[name]):
+        methods.setdefault(comparison.method(name), []).append(name)
+    return list(methods.values())
+
+
+def best_variants(comparison: Comparison, folder: Folder) -> list[str]:
+    """The variants that are trained with all seeds: the best one of each of the best methods."""
+    return [names[0] for names in ranked(comparison, folder)[: comparison.best]]

@@ -16,6 +16,7 @@ from typing import Any
 from rcpconv.config import (
     DEFAULT_CORPUS,
     DEFAULT_RECIPE,
+    DEFAULTS,
     DEMO,
     OPTIONS,
     SELF,
@@ -49,6 +50,8 @@ _ONLY_COMMON = ("self_tokens",)
 _ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
 _FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
 """Settings that make a model larger, or easier to quantize: not a method's merit."""
+_FAMILIES = {"ldp-udq": "ldp", "lc": "ldp"}
+"""Methods that are ablations of another one."""
 _HASHED_BYTES = 1 << 20
 _MAY_CHANGE = ("variants", "seeds", "best")
 """Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""
@@ -56,7 +59,7 @@ _MAY_CHANGE = ("variants", "seeds", "best")
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """A point of the grid; None = ten times lr, as quantize has it."""
+    """A point of the grid; None = --quantizer-factor or --clip-factor times lr, as quantize has it."""
 
     lr: float
     quantizer_lr: float | None = None
@@ -134,7 +137,7 @@ class Comparison:
     sweep_tokens: int
     seeds: int
     best: int
-    """How many variants are trained with all seeds."""
+    """How many methods are trained with all seeds, each in its best variant."""
     validation_tokens: int
     curve_points: int
     window: int
@@ -199,10 +202,15 @@ class Comparison:
             for rates in self.grid
         ]
 
+    def method(self, name: str) -> str:
+        """A variant's method; that of which it is an ablation, where it is one."""
+        method = str((self.common | self.variant(name).settings).get("method", DEFAULTS["method"]))
+        return _FAMILIES.get(method, method)
+
     def of_equal_form(self, name: str) -> bool:
         """Whether a variant has the group size, bit widths and tables that are common to all."""
         settings = self.variant(name).settings
-        return all(settings.get(key) in (None, self.common.get(key, _DEFAULT_FORM[key])) for key in _FORM)
+        return all(settings.get(key) in (None, self.common.get(key, DEFAULTS[key])) for key in _FORM)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; equal for equal comparisons, wherever their files are."""
@@ -216,9 +224,6 @@ class Comparison:
             "variants": variants,
             "grid": [rates.label for rates in self.grid],
         }
-
-
-_DEFAULT_FORM = {field.name: field.default for field in dataclasses.fields(QuantizeConfig) if field.name in _FORM}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """`rcpconv compare` as a function: the phases of a comparison, and its output after every cell.
 
-First every sweep, then the original and one training of each variant, then more seeds of the best. A cell that is done
-is never done again, so the same command goes on where it stopped.
+First every sweep, then the original and one training of each variant, then more seeds of the best methods. A cell
+that is done is never done again, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rcpconv.compare import choice
 from rcpconv.compare.clock import Clock
 from rcpconv.compare.folder import Folder, Result, opened, shape_of
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
-from rcpconv.compare.table import summarise, terminal_tables, write_plot, write_tables
+from rcpconv.compare.table import best_methods, summarise, terminal_tables, write_plot, write_tables
 from rcpconv.compare.workers import Alone, Does, SideBySide, side_by_side
 from rcpconv.compare.workshop import Workshop, plan_cell
 from rcpconv.config import DEFAULT_CORPUS
@@ -176,6 +176,8 @@ def _phases(
     wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)
     for table in terminal_tables(summary):
         wide.print(table)
+    if found := best_methods(summary):
+        console.print(found, highlight=False, soft_wrap=True)
     if comparison.generations:
         console.print(f"Generations: {summary['verdict']}.", highlight=False, soft_wrap=True)
     console.print(f"{folder.path}: compare.md, compare.json, compare.png", highlight=False, soft_wrap=True)

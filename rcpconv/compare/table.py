@@ -13,6 +13,7 @@ from rcpconv.compare import choice
 from rcpconv.compare.folder import JSON, MARKDOWN, PLOT, Folder, Result
 from rcpconv.compare.plan import ORIGINAL, Cell, Comparison, Variant
 from rcpconv.compare.plot import plot_curves
+from rcpconv.config import DEFAULTS
 from rcpconv.evaluate import GENERATION_CAPTION, GENERATION_HEADINGS, generation_figures
 from rcpconv.generation import GenerationResult, Repetition, verdict
 from rcpconv.runs import replacing, write_json, write_text
@@ -33,6 +34,9 @@ def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) 
         "window": comparison.window,
         "original": None if original is None else {k: v for k, v in original.items() if k != "greedy"},
         "rows": [_row(comparison, folder, variant) for variant in comparison.variants],
+        "methods": [
+            {"method": comparison.method(names[0]), "variants": names} for names in choice.ranked(comparison, folder)
+        ],
     }
     return summary | {"verdict": verdict(_generations(summary), "original") if comparison.generations else None}
 
@@ -145,15 +149,43 @@ def shown(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def best_methods(summary: Mapping[str, Any]) -> str:
+    """The best method against the best other one, in a sentence; empty before there are two."""
+    if len(summary["methods"]) < 2:
+        return ""
+    rows = {row["variant"]: row for row in summary["rows"]}
+    first, other = ((found, rows[found["variants"][0]]) for found in summary["methods"][:2])
+
+    def told(found: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+        tried, seeds = len(found["variants"]), len(row["seeds"])
+        many = f", the best of {tried} variants" if tried > 1 else ""
+        count = f"{seeds} seeds" if seeds > 1 else "one seed"
+        return f"{row['variant']} {_with_deviation(row['perplexity'])} ({count}{many}; rates {row['rates']})"
+
+    more = other[1]["perplexity"]["mean"] - first[1]["perplexity"]["mean"]
+    chosen = (
+        "each at the best of the same grid of rates" if len(summary["comparison"]["grid"]) > 1 else "at equal rates"
+    )
+    return (
+        f"Best method: {told(*first)}. Best other method, {chosen}: {told(*other)}, "
+        f"{more:+.3f} ({more / first[1]['perplexity']['mean']:+.1%}). Which is which was decided on the validation "
+        "part, by seed 0; the perplexities are those on the held-out text."
+    )
+
+
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What one has to know to read the tables."""
     c = summary["comparison"]
     original = summary["original"]
     on = "" if original is None else f"{original['heldout']['tokens']:,} tokens of "
+    times = " and ".join(
+        f"{c['common'].get(f'{name}_factor', DEFAULTS[f'{name}_factor']):g} times for {name}s"
+        for name in ("quantizer", "clip")
+    )
     swept = (
-        f"Rates (weights, or weights:quantizers:clips; what is not given is ten times the weights') are from the same "
-        f"grid for every variant: {', '.join(c['grid'])}. Each was tried for {c['sweep_tokens']:,} tokens, one seed, "
-        f"and chosen by the perplexity on {c['validation_tokens']:,} tokens kept back from the training text; "
+        f"Rates (weights, or weights:quantizers:clips; what is not given follows from the weights': {times}) are from "
+        f"the same grid for every variant: {', '.join(c['grid'])}. Each was tried for {c['sweep_tokens']:,} tokens, "
+        f"one seed, and chosen by the perplexity on {c['validation_tokens']:,} tokens kept back from training; "
         f"{AT_THE_EDGE} marks a choice at an end of the grid."
         if len(c["grid"]) > 1
         else f"Rates: {c['grid'][0]} for every variant, not swept."
@@ -197,7 +229,7 @@ def terminal_tables(summary: Mapping[str, Any]) -> Iterator[Table]:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The whole page."""
-    parts = ["# Comparison", *notes(summary)]
+    parts = ["# Comparison", *filter(None, [best_methods(summary)]), *notes(summary)]
     for title, headings, cells in _tables(summary):
         lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
         escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)

@@ -136,6 +136,12 @@ def test_what_is_left(finished: Path) -> None:
     assert twice["perplexity"]["sd"] > 0
     assert [tokens for tokens, _ in twice["curve"]] == [4 * TOKENS_PER_STEP, 8 * TOKENS_PER_STEP]
     text = (finished / "compare.md").read_text()
+    best, other = (next(row for row in rows.values() if len(row["seeds"]) == count) for count in (2, 1))
+    mean, sd = best["perplexity"]["mean"], best["perplexity"]["sd"]
+    assert f"Best method: {best['variant']} {mean:.3f} ± {sd:.3f} (2 seeds; rates " in text
+    assert f"Best other method, each at the best of the same grid of rates: {other['variant']} " in text
+    assert [found["variants"] for found in summary["methods"]] == [[best["variant"]], [other["variant"]]]
+    assert "10 times for quantizers and 10 times for clips" in text
     assert summary["verdict"] in text
     for part in (
         "0.0001, 0.001",

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rcpconv import config
-from rcpconv.compare import plan
+from rcpconv.compare import choice, plan
+from rcpconv.compare.folder import Folder
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.config import METHODS
 from rcpconv.errors import BadOption
@@ -53,6 +54,26 @@ def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
     assert points.keys() == {variant.name for variant in variants} - {"rtn", "ldp-untrained"}
     assert set(map(tuple, points.values())) == {whole.grid}
     assert comparison(grid=(Rates(lr=1e-3),)).sweeps() == []
+
+
+def test_ablations_are_not_another_method(tmp_path: Path) -> None:
+    _, variants = plan.read_variants(None)
+    whole = comparison(variants=variants)
+    methods = {name: whole.method(name) for name in ("ldp", "ldp-udq", "lc", "ldp-mix", "uniform-no-rotations", "seq")}
+    assert methods == dict.fromkeys(("ldp", "ldp-udq", "lc", "ldp-mix"), "ldp") | {
+        "uniform-no-rotations": "uniform",
+        "seq": "seq",
+    }
+    values = {"seq": 22.0, "ldp": 21.0, "lc": 20.5, "ldp-a16": 10.0, "r2q": 23.0, "rtn": 9.0}
+    whole = comparison(variants=plan.choose(variants, values), grid=(Rates(lr=1e-3),), best=2)
+    folder = Folder(tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, value in values.items():
+        cell = choice.final(whole, folder, name)
+        assert cell is not None
+        folder.save(cell, {"failed": None, "validation": {"perplexity": value}})
+    assert choice.ranked(whole, folder) == [["lc", "ldp"], ["seq"], ["r2q"]]
+    assert choice.best_variants(whole, folder) == ["lc", "seq"]
 
 
 def test_what_nobody_says_is_as_quantize_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
