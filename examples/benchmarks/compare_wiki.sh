@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of methods and ablations on one checkpoint, in calls of at most 9.5 minutes on one GPU.
+# The table of methods and ablations on one checkpoint, in calls of at most 9.5 minutes on one GPU or several.
 #
 #   examples/benchmarks/compare_wiki.sh MODEL_FOLDER TRAIN_TEXT HELDOUT_TEXT WORK STATE OUT [compare options …]
 #
@@ -7,21 +7,30 @@
 # and compiled graphs too. Where there is none, STATE, the state.tar that the last call left in OUT, is unpacked; where
 # there is no such file either, this is the first call. OUT gets state.tar (results without run folders and tokens:
 # under a megabyte, or 8 MB where text was sampled), compare.md and compare.json, and in the end compare.png. "over" in the
-# last line means: call again, with the same options. PY is the Python to use, MINUTES what compare may take.
+# last lines means: call again, with the same options. PY is the Python to use, MINUTES what compare may take, JOBS how
+# many trainings there are side by side (four a GPU).
 #
-# Estimate for wiki-llama-22m on one H200, from 740,000 tokens/s of three trainings side by side in batches of 32 and 50 s
-# of compiling a variant (docs/log.md, 2026-11-22), two measurements of which (text kept back, held-out) take 25 s:
+# ONLY says which variants: the trained methods and what is not trained where it is not given, all where it is "all".
+# A comparison of methods that is over may be gone on with as one of all.
 #
-#   step                                seconds a cell                    methods (7)    ablations (14)
-#   sweep, 3 rates of 8 M, one seed     50 + 3 · (33 + 4), a variant      3 · 161        5 · 161
-#   final, 33 M, one seed               50 + 134 + 25                     3 · 209        5 · 209
-#   two more seeds of the best two      50 + 134 + 25                     2 · 209
-#   start, original, stops              40 a call                         3 · 40         4 · 40
-#   all                                                                   27 min         34 min
+# Every variant has quantize's defaults (rcpconv/recipes/default.toml: KL, quantizers and clips at five times the weights'
+# rate, falling to 0 in a line, activation clips from 0.8), which are the best recipe measured for ldp, in steps of 8
+# sequences, and is swept over the same three rates around the best one of that recipe, 6e-4.
 #
-# So first three or four calls with METHODS below as options, which are a table by themselves, then four or five without
-# (a machine that stays warm compiles less). The rates are those between which the choice was open at 33 M tokens.
-#   METHODS: --only ldp,ldp-udq,lc,uniform,uniform-no-rotations,seq,r2q,rtn,ldp-untrained
+# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29): 105,000 to
+# 139,000 tokens/s in each of four processes a GPU, 310 to 330 s a training, 30 to 50 s of them start and compilation.
+# Measuring (text kept back, held-out) is taken as 25 s. Not measured as a whole.
+#
+#   phase                                 seconds a training    one GPU, 4 at a time         two GPUs, 8 at a time
+#   sweep: 3 × 8 M, 8 trained methods     65 + 5, + 40 once     24: 2 · 250 = 500            24: 250
+#   final: 33 M, one seed                 330 + 25              8: 2 · 355                   8: 355
+#   two more seeds of the best two        330 + 25              4: 355                       4: 355
+#   calls of 9 minutes, 30 s of start     30 a call             4 or 5: sweep, 4 + 4         3: sweep, finals, seeds
+#                                                               finals, seeds
+#   14 ablations after that, more calls   42 · 70 + 14 · 40,    6: sweep 2, finals 4         3: sweep 1, finals 2
+#                                         14 · 355 in all
+#
+# Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail
 model=$1 train=$2 heldout=$3 work=$4 state=$5 out=$6
 shift 6
@@ -31,10 +40,15 @@ if [ ! -e "$work/comparison" ] && [ -e "$state" ]; then
     tar -xf "$state" -C "$work"
 fi
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/compiled}"
+methods=ldp,ldp-udq,lc,uniform,uniform-kl,uniform-no-rotations,seq,r2q,rtn,ldp-untrained
+only=(--only "${ONLY:-$methods}")
+[ "${ONLY:-}" != all ] || only=()
+gpus=$($py -c 'import torch; print(torch.cuda.device_count())')
 status=0
 $py -m rcpconv compare "$model" --out "$work/comparison" --data "$train" --text "$heldout" \
-    --set seq-len=1024 --set batch-size=32 --set grad-accum=1 --lr-grid 4.5e-4,1e-3,2e-3 \
-    --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs 3 --minutes "${MINUTES:-8.7}" "$@" || status=$?
+    --set seq-len=1024 --set step-sequences=8 --lr-grid 3e-4,6e-4,1.2e-3 ${only[@]+"${only[@]}"} \
+    --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs "${JOBS:-$((4 * (gpus > 0 ? gpus : 1)))}" \
+    --minutes "${MINUTES:-8.7}" "$@" || status=$?
 # Also after an error: what is finished is worth keeping.
 [ -e "$work/comparison" ] || exit $status
 tar -cf "$out/state.tar" -C "$work" --exclude=comparison/runs --exclude=comparison/tokens.npy comparison

@@ -145,8 +145,8 @@ def generation_rows(summary: Mapping[str, Any]) -> Rows:
 
 
 def shown(name: str) -> str:
-    """A model or text without the folders that it lies in."""
-    return Path(name).name if Path(name).is_absolute() else name
+    """A model or text without the folders that it lies in, and what else tells it from others."""
+    return (Path(name).name if Path(name).is_absolute() else name).partition(", ")[0]
 
 
 def best_methods(summary: Mapping[str, Any]) -> str:

@@ -82,7 +82,9 @@ class Workshop:
         self.device = torch.device(machine.device)
         self._teachers: dict[bool, Decoder] = {}
         self._start: tuple[object, Decoder] | None = None
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _RECOMPILATIONS
+        compiler = torch._dynamo.config
+        compiler.recompile_limit = compiler.accumulated_recompile_limit = _RECOMPILATIONS
+        compiler.automatic_dynamic_shapes = False  # another group size is another graph, not one for all sizes
 
     # What cells share.
 
