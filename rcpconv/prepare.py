@@ -54,9 +54,14 @@ class PreparedModel:
     signs: Tensor
     """(hidden_size,) ±1 float64: R1 is x -> H(signs ∘ x) / √n."""
     device: torch.device | str = "cpu"
-    """Where tensors are computed, and are."""
+    """Where tensors are computed, and are; signs and learned rotations too (`on`)."""
     learned: LearnedRotations | None = None
     """What comes on top of R1 and R2."""
+
+    def on(self, device: torch.device | str) -> PreparedModel:
+        """The same, computed on another device."""
+        learned = None if self.learned is None else self.learned.on(device)
+        return dataclasses.replace(self, device=device, signs=self.signs.to(device), learned=learned)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) for every entry of the state of a decoder with folded norms, one at a time."""
@@ -92,7 +97,7 @@ class PreparedModel:
             yield self._turned(f"{name}.weight", rotated)
 
     def _turned(self, name: str, value: Tensor) -> Tensor:
-        return value if self.learned is None else self.learned.turned(name, value).to(self.device, torch.float32)
+        return value if self.learned is None else self.learned.turned(name, value).float()
 
     def _layer(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         a, store = self.architecture, self.source.tensors
@@ -131,7 +136,7 @@ class PreparedModel:
 
     def _rotate_input(self, rows: Tensor) -> Tensor:
         """R1 along the last axis."""
-        return apply_right(rows, self.signs.to(rows.device)) if self.rotations.r1 else rows
+        return apply_right(rows, self.signs) if self.rotations.r1 else rows
 
 
 def _transform_rows(matrix: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
@@ -240,11 +245,14 @@ def original_decoder(
 
 
 def rotated_decoder(prepared: PreparedModel) -> Decoder:
-    """The folded, rotated and still unquantized model in float32: gives the original's logits."""
+    """The folded, rotated and still unquantized model in float32, on the device of `prepared`.
+
+    Gives the original's logits.
+    """
     parts = FloatParts(architecture=prepared.architecture, with_gains=False)
     r = prepared.rotations
-    pieces = build_pieces(prepared.architecture, parts, r1=r.r1, r3=r.r3, r4=r.r4)
-    decoder = Decoder(prepared.architecture, prepared.source.inv_freq, pieces)
+    pieces = made_on(prepared.device, build_pieces(prepared.architecture, parts, r1=r.r1, r3=r.r3, r4=r.r4))
+    decoder = Decoder(prepared.architecture, prepared.source.inv_freq, pieces).to(prepared.device)
     _load(decoder, prepared.tensors())
     return decoder.requires_grad_(False).eval()
 
@@ -273,7 +281,7 @@ def lazy_student(
     """
     a, q = prepared.architecture, quantization
     parts = TrainingParts(architecture=a, quantization=q, options=options, learning=learning, a_clip=a_clip)
-    prepared = dataclasses.replace(prepared, device=device)
+    prepared = prepared.on(device)
 
     def pieces() -> Iterator[Piece]:
         for name, module in made_on(device, build_pieces(a, parts, r1=q.r1, r3=q.r3, r4=q.r4)):

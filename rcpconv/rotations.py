@@ -35,7 +35,7 @@ class LearnedRotations:
     def turned(self, name: str, value: Tensor) -> Tensor:
         """A tensor of the decoder by its name ("layers.3.attn.v.weight"), turned; differentiable.
 
-        value: (N, K) weight or (N,) bias. In the matrices' dtype where it is turned, otherwise as it is.
+        value: (N, K) weight or (N,) bias, on the matrices' device. In their dtype where it is turned, else as it is.
         """
         owner, _, part = name.rpartition(".")
         kind = owner.rpartition(".")[2]
@@ -44,7 +44,7 @@ class LearnedRotations:
         weight = part == "weight"
         if self.r1_CC is not None:
             if weight and kind in _FROM_STREAM:
-                value = value.to(self.r1_CC) @ self.r1_CC
+                value = value.to(self.r1_CC.dtype) @ self.r1_CC
             elif kind in _TO_STREAM:
                 value = _outputs(value, self.r1_CC)
         if self.r2_LDD is not None and kind in ("v", "o"):
@@ -55,9 +55,14 @@ class LearnedRotations:
                 value = _inputs(value, r2_DD)
         return value
 
+    def on(self, device: torch.device | str) -> LearnedRotations:
+        """The same, on a device."""
+        r1_CC, r2_LDD = (None if each is None else each.to(device) for each in (self.r1_CC, self.r2_LDD))
+        return LearnedRotations(r1_CC=r1_CC, r2_LDD=r2_LDD)
+
     @torch.no_grad()
     def turn(self, tensors: dict[str, Tensor]) -> None:
-        """Turn a decoder's tensors, which are given by name, in place."""
+        """Turn a decoder's tensors, which are given by name, in place; on the device of the matrices."""
         for name, value in tensors.items():
             value.copy_(self.turned(name, value))
 
@@ -79,7 +84,7 @@ class LearnedRotations:
 
 def _inputs(weight_NK: Tensor, rotation: Tensor) -> Tensor:
     """Each block of a row that is as long as the rotation is wide, turned."""
-    blocks = weight_NK.to(rotation).reshape(*weight_NK.shape[:-1], -1, len(rotation))
+    blocks = weight_NK.to(rotation.dtype).reshape(*weight_NK.shape[:-1], -1, len(rotation))
     return (blocks @ rotation).reshape(weight_NK.shape)
 
 

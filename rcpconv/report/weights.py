@@ -95,7 +95,7 @@ def weight_statistics(
                 levels=tensor(linear + ".levels"),
                 scale=tensor(linear + ".scale"),
             )
-            found[name].add(packed, original.numpy())
+            found[name].add(packed, original.cpu().numpy())
     return found
 
 

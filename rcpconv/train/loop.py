@@ -148,11 +148,11 @@ class Trainer:
                     tell=lambda text: self.console.print(text, highlight=False),
                     low_memory=c.low_memory,
                 ).save(path)
-        rotations = LearnedRotations.load(path)
+        rotations = LearnedRotations.load(path).on(self.device)
         if turn:
             rotations.turn(dict(self.student.named_parameters()))
             start_from_weights(self.student)
-        return None if rotations.r1_CC is None else rotations.r1_CC.to(self.device, torch.float32)
+        return None if rotations.r1_CC is None else rotations.r1_CC.float()
 
     def _start_from_data(self) -> None:
         batches = [self._tokens(i, self.batch) for i in range(0, CALIBRATION_SEQUENCES, self.batch)]
