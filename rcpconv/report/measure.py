@@ -100,7 +100,7 @@ def measure(
     rotated = ranges(reference, windows)
 
     tell("before training")
-    start = bake(student_decoder(prepared, q, ComputeOptions(), device=device))
+    start = bake(student_decoder(prepared, q, ComputeOptions(), device=device, a_clip=run.config.a_clip))
     quantized = baked_decoder(a, q, start.__getitem__).to(device)
     perplexity[BEFORE] = torch_perplexity(quantized, windows, BEFORE)
     outputs_before = output_errors(reference, quantized, windows)

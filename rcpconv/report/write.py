@@ -26,6 +26,7 @@ from rcpconv.report import figures
 from rcpconv.report.measure import BEFORE, Measured, Samples, measure
 from rcpconv.report.page import facts, folded, image, page, paragraph, section, side_by_side, table
 from rcpconv.runs import METRICS, Run, write_text
+from rcpconv.scheme import WEIGHT_BITS
 from rcpconv.train.progress import read_metrics
 from rcpformat.errors import OutputExists
 
@@ -91,16 +92,26 @@ def _page(run: Run, text: Text, found: Measured) -> str:
 def _overview(run: Run, text: Text, found: Measured) -> str:
     q = run.quantization
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)]
-    groups = " or ".join(map(str, q.group_sizes))
+    c = run.config
+    learned = [name for name in rotations if name == "R2" or (name == "R1" and not run.architecture.tied_table)]
+    turned = ", ".join(rotations) or "none"
+    if c.rotation_steps and learned:
+        turned += f"; {' and '.join(learned)} learned in {c.rotation_steps:,} steps before training"
+    groups = f"{q.group_size}" + (f", but {', '.join(c.group_size_of)}" if q.group_size_overrides else "")
     last = [{"tokens": 0, "step": 0}, *read_metrics(run.folder / METRICS)][-1]
     rows = [
         ("model", run.provenance.get("base_model", run.record["model"])),
         ("scheme", f"W2A{q.a_bits}KV{q.kv_bits}, method {q.method}, groups of {groups}"),
-        ("rotations", ", ".join(rotations) or "none"),
+        ("rotations", turned),
         ("trained on", f"{last['tokens']:,} tokens in {last['step']:,} steps"),
         ("began", _readable(run.record["created"])),
         ("finished", _readable(run.record["finished"])),
     ]
+    if c.progressive_bits > WEIGHT_BITS:
+        first = (
+            f"{c.progressive_bits} bits in the first {c.progressive_share:.0%} of the steps, {WEIGHT_BITS} after that"
+        )
+        rows.insert(2, ("weights in training", first))
     names = {ORIGINAL: ORIGINAL, BEFORE: f"{FAKE_QUANT}, {BEFORE}", FAKE_QUANT: f"{FAKE_QUANT}, trained"}
     base = found.perplexity[ORIGINAL]
     perplexities = [

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,17 +18,20 @@ from click.testing import CliRunner, Result
 
 from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
+from rcpconv.heldout import read_text
 from rcpconv.layers import FloatLinear
 from rcpconv.prepare import Rotations, prepare, rotated_decoder
 from rcpconv.report import figures
 from rcpconv.report.activations import SITES, SiteRange, output_errors, ranges
+from rcpconv.report.measure import measure
 from rcpconv.report.page import escape, page, paragraph
 from rcpconv.report.weights import GAP_EDGES, WeightStatistics, clips, weight_statistics
 from rcpconv.runs import METRICS, RUNNING, Run
 from rcpformat import spec
 from rcpformat.codec import PackedLinear, pack_codes
-from tiny_checkpoints import CORPUS
+from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 from tiny_runs import make_tiny_run
+from tiny_trainings import train
 
 WINDOWS = [list(range(5, 25)), list(range(40, 60))]
 
@@ -99,6 +103,33 @@ def test_the_page_is_well_formed_and_needs_nothing_else(run: Run, text: Path) ->
     assert out.read_text(encoding="utf-8") == content
     assert report(run, "--generations", "0", "--text", str(text), "--force").exit_code == 0
     assert "Generations" not in out.read_text(encoding="utf-8")
+
+
+def test_what_the_page_says_of_rotations_groups_and_bits(text: Path, tmp_path: Path) -> None:
+    make_tiny_checkpoint("llama32", tmp_path / "model")
+    settings: dict[str, Any] = {"rotation_steps": 1, "progressive_bits": 4, "progressive_share": 0.5, "steps": 2}
+    made = train(tmp_path / "model", text, tmp_path / "run", group_size_of=("down_proj=64",), a_clip=0.7, **settings)
+    result = report(made, "--text", str(text), "--generations", "0", "--out", str(tmp_path / "page.html"))
+    assert result.exit_code == 0, result.output
+    shown = (tmp_path / "page.html").read_text()
+    for part in (
+        "R1, R2, R3, R4; R2 learned in 1 steps before training",
+        "4 bits in the first 50% of the steps, 2 after that",
+        "groups of 128, but down_proj=64",
+    ):
+        assert part in shown, part
+    found = measure(
+        made,
+        made.source(),
+        read_text(text),
+        max_tokens=50,
+        generations=0,
+        generation_tokens=1,
+        device=torch.device("cpu"),
+        tell=lambda what: None,
+    )
+    clips_before = {round(clip, 5) for site in spec.ACTIVATION_SITES for clip in found.clips_before[site]}
+    assert clips_before == {0.7}, "as the run began"
 
 
 def test_plots_are_the_same_every_time_and_need_no_perplexity() -> None:
