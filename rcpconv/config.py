@@ -161,8 +161,8 @@ class QuantizeConfig:
         group=FORM,
         pattern=r"(layers\.\d+\.)?(q|k|v|o|gate|up|down)_proj=(64|128)",
         pattern_help="such as down_proj=64 or layers.0.q_proj=64",
-        help="Another group size for some linears, such as down_proj=64, or layers.0.down_proj=64 in one layer; may be "
-        "repeated, and the last one that fits holds.",
+        help="Another group size for some linears: down_proj=64 in every layer, layers.0.down_proj=64 in one. May be "
+        "repeated; where several are for the same linear, the last one holds.",
     )
     a_bits: int = _option(
         4, type=int, choices=(4, 8, 16), group=FORM, help="Bits of the activations; 16: as they are, never in a file."
@@ -338,11 +338,17 @@ class QuantizeConfig:
         type=int,
         low=0,
         group=TRAINING,
-        help="Steps in which R1 and R2 are learned before all else, from Hadamard matrices on, as in SpinQuant; merged "
-        "into the weights. With one table R1 stays.",
+        help="Learn the rotations R1 and R2 for so many steps before training, starting from Hadamard matrices, as "
+        "SpinQuant does; they are merged into the weights. 0: leave them. A model with one table for embedding and "
+        "head keeps its R1.",
     )
     rotation_lr: float = _option(
-        1e-2, type=float, above=0, group=TRAINING, help="Peak learning rate of --rotation-steps."
+        1e-2,
+        type=float,
+        above=0,
+        high=1,
+        group=TRAINING,
+        help="Peak learning rate of the rotations (--rotation-steps).",
     )
     a_clip: float = _option(
         0.9,
@@ -400,11 +406,11 @@ class QuantizeConfig:
         type=int,
         choices=(2, 3, 4),
         group=TRAINING,
-        help="Bits of the weights in the first --progressive-share of the steps, by round to nearest; levels of 2 bits "
-        "are fitted to them then.",
+        help="Train with weights of 3 or 4 bits (round to nearest) first, for --progressive-share of the steps, and "
+        "then with 2 bits, whose levels are fitted anew. 2: with 2 bits from the first step.",
     )
     progressive_share: float = _option(
-        0.2, type=float, low=0, high=0.95, group=TRAINING, help="Share of the steps with --progressive-bits."
+        0.2, type=float, low=0, high=0.95, group=TRAINING, help="Share of the steps, the first ones, with more bits."
     )
     freeze: float = _option(
         0.0,
@@ -560,6 +566,12 @@ class QuantizeConfig:
             raise BadOption(f"ema: {self.ema:g}, but a mean of bf16 weights would not move; use master_weights fp32")
         if self.pull and (self.master_weights == "bf16" or self.step_in_backward == "on"):
             raise BadOption(f"pull: {self.pull:g} needs master_weights fp32 and step_in_backward off")
+        if self.progressive_bits != 2 and self.progressive_share + self.freeze > 1:
+            raise BadOption(
+                f"progressive_share: {self.progressive_share:g}, but weights stay as they are in the last "
+                f"{self.freeze:g} of the steps (freeze), and would never "
+                "learn with 2 bits; give shares that are 1 together at most"
+            )
         if self.start == "feedback" and self.method not in HELD:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
         if self.start != "weights" and self.steps == 0:

@@ -343,7 +343,8 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         memory=memory,
         checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
-        seconds=steps * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus),
+        seconds=(steps + (config.rotation_steps / config.grad_accum if steps else 0))  # of one batch each
+        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus),
     )
 
 

@@ -103,11 +103,15 @@ class Trainer:
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
+        self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
+        alone = {"pull": config.pull, "progressive_bits": self.two_bits_from and config.progressive_bits}
+        for name, value in alone.items():
+            if value and distributed.processes() > 1:
+                raise BadOption(f"{name}: {value:g} is for a training in one process")
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)
         self.learned_CC = self._learn_rotations(turn=checkpoint is None) if config.rotation_steps else None
-        self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
         if config.start != "weights" and checkpoint is None and not self.two_bits_from:
             self._start_from_data()
         if config.master_weights == "bf16":
@@ -122,10 +126,6 @@ class Trainer:
         if isinstance(self.optimizer, Together) and config.step_in_backward == "on":
             learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
             self.stepping = StepInBackward(learning, list(self.optimizer.optimizers), config.grad_clip)
-        alone = {"pull": config.pull, "progressive_bits": self.two_bits_from and config.progressive_bits}
-        for name, value in alone.items():
-            if value and distributed.processes() > 1:
-                raise BadOption(f"{name}: {value:g} is for a training in one process")
         self.bits = {m: m.bits for m in student.modules() if isinstance(m, LearnedClip)}
         self.linears = [m for m in student.modules() if isinstance(m, QuantLinear)]
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None

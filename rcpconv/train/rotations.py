@@ -13,6 +13,7 @@ g weights of one group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
+from rcpconv.errors import TrainingDiverged
 from rcpconv.layers import ActivationQuantizer, QuantLinear, QuantTable
 from rcpconv.model import Decoder
 from rcpconv.quantizers.base import WeightQuantizer, channel_weights, to_groups
@@ -110,7 +112,8 @@ def learn_rotations(
     """Learn R1, R2 of every layer, both or neither; the student is as it was in the end. Returns float64 matrices.
 
     tokens: step -> (B, T) ids. rate: the largest one, of Adam, for the entries of Cayley's skew matrices. r1: not for a
-    model with one table, whose head turns back by Hadamard. tell: hears of the divergence, in nats.
+    model with one table, whose head turns back by Hadamard. tell: hears of the divergence, in nats. Raises
+    TrainingDiverged where that is not finite.
     """
     a, device = student.architecture, student.inv_freq.device
     assert not (r1 and a.tied_table), "one table knows of Hadamard rotations alone"
@@ -134,6 +137,11 @@ def learn_rotations(
             for quantizer in quantizers:
                 quantizer.follow()
             if step in (0, steps - 1) or (step + 1) % max(1, steps // _LINES) == 0:
+                if not math.isfinite(float(kl)):
+                    raise TrainingDiverged(
+                        f"rotations: step {step + 1}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now "
+                        f"{rate:.1e}), or no --rotation-steps, in a new run"
+                    )
                 tell(f"rotations: step {step + 1} of {steps}, KL {float(kl):.4f}")
     with torch.no_grad():
         return LearnedRotations(**{name: each.double().weight.detach() for name, each in found.items()})

@@ -29,6 +29,13 @@ from rcpconv.errors import BadOption
         ({"group_size": 32}, r"group_size: expected one of 64, 128; found 32"),
         ({"group_size_of": ("down=64",)}, r"group_size_of: expected a value such as down_proj=64 .* found 'down=64'"),
         ({"group_size_of": ("down_proj=32",)}, r"group_size_of: expected a value such as"),
+        ({"rotation_steps": -1}, r"rotation_steps: expected at least 0"),
+        ({"rotation_lr": 1e30}, r"rotation_lr: expected at most 1"),
+        ({"progressive_bits": 8}, r"progressive_bits: expected one of 2, 3, 4; found 8"),
+        (
+            {"progressive_bits": 4, "progressive_share": 0.5, "freeze": 0.6},
+            r"progressive_share: 0.5, but weights stay as they are in the last 0.6 of the steps",
+        ),
         ({"a_bits": True}, r"a_bits: expected an integer, found True"),
         ({"lr": 0}, r"lr: expected more than 0"),
         ({"lr": float("nan")}, r"lr: expected a finite number"),

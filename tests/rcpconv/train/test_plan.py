@@ -65,6 +65,12 @@ def test_groups_of_some_linears_are_of_another_size() -> None:
         plan(DEMO, CPU, group_size_of=("layers.4.q_proj=64",))
 
 
+def test_learning_rotations_takes_time() -> None:
+    common, learning = (plan(DEMO, CPU, steps=10, grad_accum=2, rotation_steps=n) for n in (0, 10))
+    assert learning.seconds == pytest.approx(1.5 * common.seconds)
+    assert plan(DEMO, CPU, method="rtn").seconds == 0
+
+
 def test_a_step_has_as_many_sequences_as_are_asked_for() -> None:
     for sequences in (1, 4, 12, 16):
         config = plan(DEMO, CPU, tied=True, model="demo", steps=5, step_sequences=sequences).config

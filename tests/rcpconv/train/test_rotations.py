@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import rcpconv.prepare as preparing
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadOption, BadRun
+from rcpconv.errors import BadOption, BadRun, TrainingDiverged
 from rcpconv.evaluate import tokenize
 from rcpconv.export import export
 from rcpconv.heldout import read_text
@@ -56,6 +57,23 @@ def test_any_rotation_leaves_the_logits_of_the_unquantized_model(kind: str, one_
     rotations.turn(dict(plain.named_parameters()))
     for (name, a), b in zip(plain.named_parameters(), turned.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["llama_bias", "qwen3"])
+def test_tensors_are_turned_where_they_are(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the meta device nothing can be computed anywhere else, as nothing should of a GPU's."""
+    monkeypatch.setitem(preparing._BLOCK_ELEMENTS, "meta", 1 << 18)
+    monkeypatch.setattr(preparing, "apply_right", lambda rows, signs=None: rows if signs is None else rows * signs)
+    make_tiny_checkpoint(kind, tmp_path / "model")
+    source = load_source(str(tmp_path / "model"))
+    learned = random_rotations(original_decoder(source))
+    prepared = prepare(source, one_table=False, learned=learned).on("meta")
+    moved = prepared.learned
+    assert moved is not None and moved.r1_CC is not None and moved.r1_CC.is_meta
+    found = dict(prepared.tensors())
+    assert {(value.device.type, value.dtype) for value in found.values()} == {("meta", torch.float32)}
+    moved.turn(found)
+    assert rotated_decoder(prepared).inv_freq.is_meta
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +194,17 @@ def test_with_one_table_r2_alone_is_learned(checkpoint: Path, text: Path, tmp_pa
     assert found.r1_CC is None and found.r2_LDD is not None
     run = train(checkpoint, text, tmp_path / "none", rotation_steps=2, steps=1, r1=False, r2=False)
     assert LearnedRotations.load(run.folder / ROTATIONS) == LearnedRotations()
+
+
+def test_a_divergence_that_is_not_finite(checkpoint: Path) -> None:
+    source = load_source(str(checkpoint))
+    teacher = original_decoder(source)
+    teacher.layers[0].attn.q.weight.fill_(float("nan"))
+    student = student_decoder(prepare(source), Quantization(method="ldp"), ComputeOptions())
+    ids = torch.arange(24)[None]
+    with pytest.raises(TrainingDiverged, match=r"rotations: step 1: KL is not finite\. Try --rotation-lr 3\.3e-03"):
+        learn_rotations(student, teacher, lambda step: ids, steps=2, rate=1e-2, r1=False, r2=True, tell=print)
+    assert not any(hasattr(module, "parametrizations") for module in student.modules())
 
 
 def test_refusals(tmp_path: Path) -> None:
