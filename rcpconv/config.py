@@ -574,10 +574,11 @@ class QuantizeConfig:
             )
         if self.start == "feedback" and self.method not in HELD:
             raise BadOption(f"start: feedback is for {', '.join(HELD)}; found method {self.method!r}")
-        if self.start != "weights" and self.steps == 0:
-            raise BadOption(f"start: {self.start} needs training text, which steps 0 does without")
-        if self.rotation_steps and self.steps == 0:
-            raise BadOption(f"rotation_steps: {self.rotation_steps} need training text, which steps 0 does without")
+        untrained = "steps 0" if self.steps == 0 else f"method {self.method}" if self.method in UNTRAINED else ""
+        if self.start != "weights" and untrained:
+            raise BadOption(f"start: {self.start} needs training text, which {untrained} does without")
+        if self.rotation_steps and untrained:
+            raise BadOption(f"rotation_steps: {self.rotation_steps} need training text, which {untrained} does without")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

@@ -241,6 +241,9 @@ class Plan:
         """Print size, memory, steps and time in a few lines."""
         c, m, s = self.config, self.machine, self.sizes
         tokens = self.steps * self.tokens_per_step
+        before = (
+            f" after {c.rotation_steps:,} of {c.batch_size} sequences for the rotations" if c.rotation_steps else ""
+        )
         for line in (
             f"file      {size(s.total_bytes)} without its tokenizer, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× "
             f"smaller, {s.bits_per_weight:.2f} bits a weight in the 2-bit layers",
@@ -248,7 +251,7 @@ class Plan:
             f"{size(self.memory_bytes)}{' of each' if m.gpus > 1 else ''}, a checkpoint {size(self.checkpoint_bytes)} "
             "of disk",
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences "
-            f"× {c.seq_len} tokens = {tokens:,} tokens, about "
+            f"× {c.seq_len} tokens = {tokens:,} tokens{before}, about "
             f"{duration(self.seconds)} ({c.precision}, gradient checkpointing {c.grad_checkpointing}, compile "
             f"{c.compile}{self._savings()})"
             if self.steps

@@ -30,6 +30,10 @@ from rcpconv.errors import BadOption
         ({"group_size_of": ("down=64",)}, r"group_size_of: expected a value such as down_proj=64 .* found 'down=64'"),
         ({"group_size_of": ("down_proj=32",)}, r"group_size_of: expected a value such as"),
         ({"rotation_steps": -1}, r"rotation_steps: expected at least 0"),
+        (
+            {"rotation_steps": 5, "method": "rtn"},
+            r"rotation_steps: 5 need training text, which method rtn does",
+        ),
         ({"rotation_lr": 1e30}, r"rotation_lr: expected at most 1"),
         ({"progressive_bits": 8}, r"progressive_bits: expected one of 2, 3, 4; found 8"),
         (

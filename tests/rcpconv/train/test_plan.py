@@ -1,6 +1,7 @@
 """The plan: settings decided from model and machine, estimates, refusals, the dry run."""
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from rcpconv import estimate
 from rcpconv import plan as planning
@@ -68,6 +70,9 @@ def test_groups_of_some_linears_are_of_another_size() -> None:
 def test_learning_rotations_takes_time() -> None:
     common, learning = (plan(DEMO, CPU, steps=10, grad_accum=2, rotation_steps=n) for n in (0, 10))
     assert learning.seconds == pytest.approx(1.5 * common.seconds)
+    shown = io.StringIO()
+    learning.show_summary(Console(file=shown, width=400))
+    assert "tokens after 10 of 4 sequences for the rotations, about" in shown.getvalue()
     assert plan(DEMO, CPU, method="rtn").seconds == 0
 
 
