@@ -44,9 +44,8 @@ def test_baked_piece_by_piece_is_what_the_whole_model_bakes_to(
     run = quantize(model, {"steps": 0, "device": "cpu"}, out=tmp_path / "run")
     assert run is not None
     source = load_source(model)
-    student = student_decoder(
-        prepare(source, one_table=run.architecture.tied_table), run.quantization, ComputeOptions(), device="cpu"
-    )
+    prepared = prepare(source, one_table=run.architecture.tied_table)
+    student = student_decoder(prepared, run.quantization, ComputeOptions(), a_clip=run.config.a_clip)
     whole = bake(student)
     assert run.tensor_names() == sorted(whole)
     for name, array in whole.items():
