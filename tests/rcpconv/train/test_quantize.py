@@ -94,7 +94,7 @@ TRAINED_OTHERWISE = {
     "mix": {"loss": "mix", "mix_share": 0.1},
     "late activations": {"activations_from": 0.5},
     "frozen": {"freeze": 0.25},
-    "pulled": {"pull": 0.02, "weight_reach": 100.0},
+    "pulled": {"pull": 0.05, "weight_reach": 100.0, "loss": "cakld", "quantizer_factor": 10.0, "clip_factor": 10.0},
 }
 
 
