@@ -50,23 +50,8 @@ models=$(folder "$needed") runs=$(folder $((2 * needed)))
 export work models runs
 trap 'rm -rf "$work" "$models" "$runs"' EXIT
 
-# part NAME LIMIT COMMAND...: its output, at most LIMIT seconds of it, and where that leaves the results.
-part() {
-    local name=$1 limit=$2 began=$SECONDS status
-    shift 2
-    ((limit = end - began < limit ? end - began : limit))
-    if ((limit < 10)); then
-        echo "== $name: no time left" | tee -a "$out/sizes.txt"
-        return 0
-    fi
-    timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1
-    status=$?
-    {
-        echo "== $name: status $status after $((SECONDS - began)) of at most $limit s: ${*//$PWD\//}"
-        tail -c 6000 "$work/$name.txt"
-    } | tee -a "$out/sizes.txt"
-    tar -C "$work" -czf "$out/results.tmp" . && mv "$out/results.tmp" "$out/results.tar.gz"
-}
+log=$out/sizes.txt
+. examples/benchmarks/parts.sh
 
 # timed COMMAND...: how long it took.
 timed() {
@@ -127,7 +112,7 @@ resume() {
 }
 export -f timed checkpoint chain steps_0 measured resume
 
-rm -f "$out/sizes.txt"
+rm -f "$log"
 for name in $parts; do
     case $name in
         chain) part "$name" 260 bash -c chain ;;

@@ -21,23 +21,12 @@ work=$(mktemp -d)
 mkdir -p "$out" "$models"
 trap 'rm -rf "$work"' EXIT
 
-# part NAME LIMIT COMMAND...: its output, at most LIMIT seconds of it, and where that leaves the results.
-part() {
-    local name=$1 limit=$2 began=$SECONDS status
-    shift 2
-    [[ $parts == *" every "* || $parts == *" $name "* ]] || return 0
-    ((limit = end - began < limit ? end - began : limit))
-    if ((limit < 10)); then
-        echo "== $name: no time left" | tee -a "$out/suite.txt"
-        return 0
-    fi
-    timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1
-    status=$?
-    {
-        echo "== $name: status $status after $((SECONDS - began)) of at most $limit s: ${*//$PWD\//}"
-        tail -c 6000 "$work/$name.txt"
-    } | tee -a "$out/suite.txt"
-    tar -C "$work" -czf "$out/results.tmp" . && mv "$out/results.tmp" "$out/results.tar.gz"
+log=$out/suite.txt
+. examples/benchmarks/parts.sh
+
+# wanted NAME LIMIT COMMAND...: the part, if it was named.
+wanted() {
+    if [[ $parts == *" every "* || $parts == *" $1 "* ]]; then part "$@"; fi
 }
 
 here=examples/benchmarks
@@ -61,15 +50,15 @@ is_it_right() {
 export -f make_models is_it_right
 export here py seven demo work
 
-part model 90 bash -c make_models
-part bench 90 "$py" -m rcprun bench "$seven" --backend cuda -b 1,8 -r 3 --json "$work/bench.json"
-part right 150 bash -c is_it_right
-part linear 260 "$py" $here/bench_linear.py --peers --peer-limit 90 --json "$work/linear-7b.json"
-part token-512 30 "$py" $here/bench_token.py "$seven" --depth 512 --json "$work/token-512.json"
-part token-16384 30 "$py" $here/bench_token.py "$seven" --depth 16384 --json "$work/token-16384.json"
-part token-8 30 "$py" $here/bench_token.py "$seven" --depth 512 --batch 8 --json "$work/token-8.json"
-part hadamard 20 "$py" $here/bench_hadamard.py --json "$work/hadamard.json"
-part others 100 "$py" $here/bench_linear.py --shape llama-3.2-1b --shape llama-3.2-3b --shape llama-3-8b \
+wanted model 90 bash -c make_models
+wanted bench 90 "$py" -m rcprun bench "$seven" --backend cuda -b 1,8 -r 3 --json "$work/bench.json"
+wanted right 150 bash -c is_it_right
+wanted linear 260 "$py" $here/bench_linear.py --peers --peer-limit 90 --json "$work/linear-7b.json"
+wanted token-512 30 "$py" $here/bench_token.py "$seven" --depth 512 --json "$work/token-512.json"
+wanted token-16384 30 "$py" $here/bench_token.py "$seven" --depth 16384 --json "$work/token-16384.json"
+wanted token-8 30 "$py" $here/bench_token.py "$seven" --depth 512 --batch 8 --json "$work/token-8.json"
+wanted hadamard 20 "$py" $here/bench_hadamard.py --json "$work/hadamard.json"
+wanted others 100 "$py" $here/bench_linear.py --shape llama-3.2-1b --shape llama-3.2-3b --shape llama-3-8b \
     --shape llama-2-13b --peer "torch float16" --peer-limit 25 --json "$work/linear-others.json"
-part picture 10 "$py" $here/roofline.py "$work/roofline.png" "$work/linear-7b.json" "$work/linear-others.json"
-part token-drawn 30 "$py" $here/bench_token.py "$seven" --depth 512 --drawn --json "$work/token-drawn.json"
+wanted picture 10 "$py" $here/roofline.py "$work/roofline.png" "$work/linear-7b.json" "$work/linear-others.json"
+wanted token-drawn 30 "$py" $here/bench_token.py "$seven" --depth 512 --drawn --json "$work/token-drawn.json"
