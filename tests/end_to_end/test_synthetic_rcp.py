@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -11,19 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from example_scripts import load_script
 from rcpformat import RcpFile, spec
 from rcprun.model import load
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "make_synthetic_rcp.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load_script("make_synthetic_rcp.py")
 
 
 def test_file_is_valid_and_logits_stay_near_one(script: ModuleType, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How bench_linear.py measures other people's layers: what their process is asked, what becomes of its answers."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,21 +11,12 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+from example_scripts import EXAMPLES, load_script
 
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    return script("peers")
+    return load_script("benchmarks/peers.py")
 
 
 def measured(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, limit: float) -> object:
@@ -80,7 +70,7 @@ def test_a_peer_ends_with_the_process_that_asked(tmp_path: Path) -> None:
     stand_in.write_text("import os, time\nprint(os.getpid(), file=open('begun', 'w'), flush=True)\ntime.sleep(60)\n")
     code = "import peers, signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
     code += f"peers.__file__ = {str(stand_in)!r}; peers.measure('torch int4', [(8, 8)], 1, [1], 60)"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {code}"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(EXAMPLES / 'benchmarks')!r}); {code}"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as asking:
         while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
             assert asking.poll() is None
@@ -98,6 +88,6 @@ def test_a_picture_is_drawn_of_what_there_is(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.json").write_text(json.dumps({"gpu": "some GPU", "read_bandwidth": 4e12, "rows": rows}))
     with pytest.raises(SystemExit) as ended:
-        script("roofline").main([str(tmp_path / "out.png"), str(tmp_path / "a.json")])
+        load_script("benchmarks/roofline.py").main([str(tmp_path / "out.png"), str(tmp_path / "a.json")])
     assert ended.value.code == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

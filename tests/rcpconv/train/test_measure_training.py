@@ -1,6 +1,5 @@
 """examples/benchmarks/measure_training.py on a CPU: what it runs where a GPU is rented has run before."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "benchmarks" / "measure_training.py"
+from example_scripts import load_script
+
 OPTIONS = ["--case", "demo:full", "--device", "cpu", "--steps", "1", "--set", "seq_len=16"]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/measure_training.py")
 
 
 @pytest.mark.parametrize(

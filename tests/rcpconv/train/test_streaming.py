@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import rcpconv.prepare
+from example_scripts import load_script
 from rcpconv.baking import bake, baked_decoder, lazy_baked, weight_hashes
 from rcpconv.checkpoint import load_source
 from rcpconv.errors import NotSaved
@@ -118,12 +118,7 @@ def test_disk_is_checked_before_the_result_is_written(tmp_path: Path, monkeypatc
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = ROOT / "examples" / "make_synthetic_checkpoint.py"
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load_script("make_synthetic_checkpoint.py")
 
 
 SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

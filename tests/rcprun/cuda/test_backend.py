@@ -1,13 +1,13 @@
 """A whole model on the GPU against the NumPy backend: every architecture's features, every way a token can go."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from example_scripts import load_script
 from rcpformat import Quantization
 from rcpformat.reader import RcpFile
 from rcprun.backends.numpy import NumpyBackend
@@ -312,21 +312,13 @@ def test_tools_that_drive_the_backend(tmp_path: Path, monkeypatch: pytest.Monkey
     from rcprun.bench import weight_bytes
     from rcprun.sampling import SamplingOptions
 
-    def script(name: str) -> Any:
-        path = Path(__file__).parents[3] / "examples" / "benchmarks" / name
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     path = tmp_path / "model.rcp"
     write_random(path, *MODELS["tiny"])
     monkeypatch.setattr(CudaBackend, "read_bandwidth", lambda _: 1e9)
     monkeypatch.setattr(CudaBackend, "describe", lambda _: "some GPU")
     monkeypatch.setattr(CudaBackend, "clocks", lambda _: None)
     monkeypatch.setattr(cupy.cuda, "set_allocator", lambda _: None, raising=False)
-    bench_token = script("bench_token.py")
+    bench_token = load_script("benchmarks/bench_token.py")
     monkeypatch.setattr(bench_token, "LAUNCHES", 2)
     file = RcpFile.open(path)
     report = bench_token.measure(file, 9, 2, SamplingOptions(), 1)
@@ -334,4 +326,4 @@ def test_tools_that_drive_the_backend(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {"qkv", "down", "head", "sample"} <= {row["operation"] for row in report["rows"]}
     total = sum(row["bytes"] for row in report["rows"])
     assert total >= 0.9 * weight_bytes(file)
-    script("sanitize.py").decode(path, graphs=False)
+    load_script("benchmarks/sanitize.py").decode(path, graphs=False)
