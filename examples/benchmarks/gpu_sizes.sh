@@ -14,6 +14,7 @@
 #     train-7b-80    memory and speed with --low-memory under a cap of 80 GiB                   91 s
 #     train-7b-48    the same under 48 GiB                                                      90 s
 #     1b, 3b         memory and speed with all of the memory, and of plain training        100 s each
+#     wiki           speed and profile of the small model that recipes are measured on               30 s
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              150 s
 #
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
@@ -98,7 +99,7 @@ measured() {
     local name=$1 case=$2
     shift 2
     # shellcheck disable=SC2086
-    set -- "$py" $here/measure_training.py --case "$case" --steps "$MEASURED" "$@" $MEASURE_OPTIONS
+    set -- "$py" $here/measure_training.py --case "$case" --steps "$MEASURED" --profile --set seq_len="$SEQ" "$@" $MEASURE_OPTIONS
     timed "$@" --out "$work/$name.json" && return
     grep -q "out of memory" "$work/$name.json" 2>/dev/null || return
     echo "once more with expandable segments"
@@ -122,6 +123,7 @@ for name in $parts; do
         train-7b-48) part "$name" 150 bash -c 'measured train-7b-48 "$SHAPE_7B:48"' ;;
         1b) part "$name" 180 bash -c 'measured 1b "$SHAPE_1B:full" --plain' ;;
         3b) part "$name" 200 bash -c 'measured 3b "$SHAPE_3B:full" --plain' ;;
+        wiki) part "$name" 90 bash -c 'SEQ=1024 measured wiki wiki-llama-22m:full --set batch_size=8 --set grad_accum=1' ;;
         resume) part "$name" 240 bash -c resume ;;
         *) echo "no part $name" ;;
     esac

@@ -7,7 +7,8 @@
 Without --case: 1B, 3B and 7B, each with all of the GPU's memory, with 80 GiB and with 48 GiB of it, the latter two
 with low_memory; each in a process of its own. Weights are random and made on the GPU; the settings are those that
 `rcpconv quantize` would choose for that much memory, but for --set. Cases whose result is in --out are left out.
---plain measures plain bf16 training of the same shape in the same process, afterwards and without a cap.
+--plain measures plain bf16 training of the same shape in the same process, afterwards and without a cap. --profile
+traces one more step with torch.profiler, and prints what the device's time goes to.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ from rcpconv.runs import Run  # noqa: E402
 from rcpconv.train.loop import Trainer  # noqa: E402
 from rcpconv.train.losses import Loss, chunk_rows  # noqa: E402
 from rcpconv.train.memory import int8_teacher  # noqa: E402
-from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_32_1B, LLAMA_32_3B  # noqa: E402
+from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M  # noqa: E402
 
 SHAPES = {
     "llama-3.2-1b": (LLAMA_32_1B, True),
     "llama-3.2-3b": (LLAMA_32_3B, True),
     "llama-2-7b": (LLAMA_2_7B, False),
     "llama-2-13b": (LLAMA_2_13B, False),
+    "wiki-llama-22m": (WIKI_22M, True),
     "demo": (DEMO, True),
 }
 """Name to architecture, and whether its embedding is its head."""
@@ -63,6 +65,8 @@ CASES = tuple(f"{name}:{cap}" for name in list(SHAPES)[:3] for cap in (FULL, "80
 Ready = Callable[[nn.Module], nn.Module]
 """What becomes of a piece as soon as it is made."""
 _WARM_UP = 2
+_KERNELS, _SHOWN = 60, 25
+"""How many of a profile's kernels are kept, and printed."""
 _STD = 0.02
 _GIB = 2**30
 
@@ -78,12 +82,45 @@ class RandomTokens:
         return np.random.default_rng(first).integers(self.vocab_size, size=(count, self.seq_len))
 
 
+def traced(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """Seconds of a step by the clock and of its kernels together, and the kernels that take longest.
+
+    On a CPU, operations instead of kernels.
+    """
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    on_device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    found = [each for each in profiler.key_averages() if each.device_type == on_device]
+    rows = [
+        {
+            "name": each.key,
+            "count": each.count,
+            "seconds": (each.self_device_time_total if cuda else each.self_cpu_time_total) / 1e6,
+        }
+        for each in found
+    ]
+    rows.sort(key=lambda row: -row["seconds"])
+    return {"seconds": seconds, "busy": sum(row["seconds"] for row in rows), "kernels": rows[:_KERNELS]}
+
+
 class TimedTrainer(Trainer):
     """Keeps the time of every update."""
 
     times: list[float]
+    profiled = False
+    """Whether the last step is traced, and left out of the times."""
+    profile: dict[str, Any]
 
     def _update(self, loss: Loss) -> None:
+        if self.profiled and self.counters.step == self.steps - 1:
+            self.profile = traced(lambda: super(TimedTrainer, self)._update(loss), self.device)
+            return
         start = time.perf_counter()
         super()._update(loss)  # ends with figures on the host, so the device is done but for the optimizer
         if self.device.type == "cuda":
@@ -229,7 +266,7 @@ def make_case_plan(case: str, device: str, settings: dict[str, Any]) -> Plan:
     return make_plan(config, architecture, tied, machine)
 
 
-def measure(plan: Plan, case: str, steps: int) -> dict[str, Any]:
+def measure(plan: Plan, case: str, steps: int, profiled: bool = False) -> dict[str, Any]:
     """Train a few steps. Bytes and seconds, estimated and measured; "error" where memory did not suffice."""
     c, m, a = plan.config, plan.machine, plan.architecture
     cuda = m.kind == "cuda"
@@ -247,7 +284,7 @@ def measure(plan: Plan, case: str, steps: int) -> dict[str, Any]:
     }
     times: list[float] = []
     try:
-        result |= _train(plan, steps, times)
+        result |= _train(plan, steps, times, profiled)
     except (torch.OutOfMemoryError, BadCompiler) as error:
         result["error"] = str(error)
     result["peak_allocated"] = torch.cuda.max_memory_allocated() if cuda else None
@@ -258,8 +295,8 @@ def measure(plan: Plan, case: str, steps: int) -> dict[str, Any]:
     return result | {"times": times}
 
 
-def _train(plan: Plan, steps: int, times: list[float]) -> dict[str, Any]:
-    """The time and memory before the first update. times: gets those of the updates."""
+def _train(plan: Plan, steps: int, times: list[float], profiled: bool) -> dict[str, Any]:
+    """The time and memory before the first update, and what is traced of one more. times: gets those of the updates."""
     c, cuda = plan.config, plan.machine.kind == "cuda"
     began = time.perf_counter()
     student, teacher = models(plan)
@@ -272,19 +309,21 @@ def _train(plan: Plan, steps: int, times: list[float]) -> dict[str, Any]:
             student=student,
             teacher=teacher,
             sequences=RandomTokens(c.seq_len, plan.architecture.vocab_size),  # type: ignore[arg-type]
-            steps=_WARM_UP + steps,
+            steps=_WARM_UP + steps + profiled,
             config=c,
             run=Run(Path(folder), {}),
             console=Console(quiet=True),
             keep=False,
         )
-        trainer.times = times
-        started = {"made_seconds": made - began, "compiled_seconds": time.perf_counter() - made}
+        trainer.times, trainer.profiled = times, profiled
+        started: dict[str, Any] = {"made_seconds": made - began, "compiled_seconds": time.perf_counter() - made}
         if cuda:
             started["start_peak_allocated"] = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
+        if profiled:
+            started["profile"] = trainer.profile
         started["update_seconds"] = [_seconds_of_updates(trainer) for _ in range(2)][-1]
     return started
 
@@ -326,6 +365,13 @@ def tell(result: dict[str, Any]) -> None:
             f"models made in {result['made_seconds']:.1f} s, trainer in {result['compiled_seconds']:.1f}; the update "
             f"alone takes {result['update_seconds']:.3f}, {result['update_seconds'] / result['seconds']:.0%})"
         )
+    if "profile" in result:
+        profile = result["profile"]
+        seconds, busy = profile["seconds"], profile["busy"]
+        click.echo(f"  profile a step of {seconds:.3f} s, kernels together {busy:.3f}, the longest:")
+        for row in profile["kernels"][:_SHOWN]:
+            each, count, name = row["seconds"], row["count"], row["name"][:90]
+            click.echo(f"    {each / busy:5.1%} {1e3 * each:9.2f} ms {count:6} x {name}")
     if "plain" in result:
         plain = result["plain"]
         both = plain["training"] + plain["teacher"]
@@ -389,6 +435,7 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--steps", default=5, show_default=True, help="Steps to measure, after two more.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--plain", is_flag=True, help="Measure plain bf16 training and a teacher's forward pass, too.")
+@click.option("--profile", "profiled", is_flag=True, help="Trace one more step, and print its longest kernels.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of rcpconv quantize.")
 @click.option(
     "--calibrate",
@@ -403,6 +450,7 @@ def main(
     steps: int,
     device: str,
     plain: bool,
+    profiled: bool,
     pairs: tuple[str, ...],
     calibrate: tuple[Path, Path] | None,
 ) -> None:
@@ -416,7 +464,7 @@ def main(
     cases = tuple(case for case in cases if (case, pairs) not in done)
     if len(cases) > 1:
         common = ["--steps", str(steps), "--device", device, *(x for pair in pairs for x in ("--set", pair))]
-        common += ["--plain"] if plain else []
+        common += ["--plain"] * plain + ["--profile"] * profiled
         common += [] if out is None else ["--out", str(out)]
         for case in cases:
             if subprocess.run([sys.executable, __file__, "--case", case, *common]).returncode:
@@ -424,7 +472,7 @@ def main(
         return
     for case in cases:
         plan = make_case_plan(case, device, _settings(pairs) | {"steps": _WARM_UP + steps})
-        result = measure(plan, case, steps) | {"set": list(pairs)}
+        result = measure(plan, case, steps, profiled) | {"set": list(pairs)}
 
         def keep(result: dict[str, Any] = result) -> None:
             if out is not None:

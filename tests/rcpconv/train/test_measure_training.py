@@ -33,11 +33,14 @@ def test_training_and_plain_training_are_measured(script: ModuleType, tmp_path: 
         pytest.importorskip("torchao", reason="the extra low-memory is not installed")
     out = tmp_path / "results.json"
     pairs = [x for name, value in settings.items() for x in ("--set", f"{name}={value}")]
-    done = CliRunner().invoke(script.main, [*OPTIONS, *pairs, "--plain", "--out", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        script.main, [*OPTIONS, *pairs, "--plain", "--profile", "--out", str(out)], catch_exceptions=False
+    )
     assert done.exit_code == 0 and ": QAT at " in done.output
     (result,) = json.loads(out.read_text())
     assert len(result["times"]) == 3 and result["seconds"] == result["times"][-1]
     assert 0 < result["update_seconds"] < 10 and "the update alone takes" in done.output
+    assert 0 < result["profile"]["kernels"][0]["seconds"] < result["profile"]["busy"] and "the longest:" in done.output
     assert result["plain"]["training"] > 0 and result["plain"]["teacher"] > 0
     assert {name: result["settings"][name] for name in settings} == settings
     with pytest.raises(click.ClickException, match="nothing in it was measured on a GPU"):
