@@ -96,6 +96,7 @@ def tf32(x: Tensor) -> Tensor:
     return y.reshape(x.shape)
 
 
+torch._dynamo.config.recompile_limit = 100
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "float32": hadamard_transform,
     "thirds": InParts(3, False),
