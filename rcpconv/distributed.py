@@ -203,7 +203,7 @@ def _shard_layer(layer: Any, mesh: DeviceMesh) -> None:
     Where weights are narrower than the other parameters, those of attention and MLP are a group each.
     """
     narrow = _narrow(layer)
-    fully_shard(layer, mesh=mesh, ignored_params=narrow)
+    fully_shard(layer, mesh=mesh, ignored_params=narrow or None)
     if narrow:
         for part in (layer.attn, layer.mlp):
             fully_shard(part, mesh=mesh, ignored_params=set(part.parameters()) - narrow)
@@ -213,7 +213,7 @@ def _shard_rest(model: Decoder, mesh: DeviceMesh) -> None:
     """What is around the layers, which are sharded."""
     if _narrow(model.embed):
         for part in (model.final_norm, model.head_input):
-            if any(True for _ in part.parameters()):
+            if next(part.parameters(), None) is not None:
                 fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("hidden", "hidden_and_streams"):

@@ -51,9 +51,9 @@ def compile_layers(student: Decoder, teacher: Decoder, tokens_BT: Tensor) -> Non
 
 
 def compiled_layers(model: LazyDecoder, tokens_BT: Tensor | None = None) -> LazyDecoder:
-    """The same, each layer compiled when it is made. tokens_BT: what a student's first layer is compared on, then.
+    """The same, each layer compiled when it is made, which may raise BadCompiler as compile_layers does.
 
-    Whose making raises BadCompiler as compile_layers does.
+    tokens_BT: what the first layer, a student's, is compared on.
     """
     embed: list[nn.Module] = []
 
