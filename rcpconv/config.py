@@ -458,6 +458,13 @@ class QuantizeConfig:
     temperature: float = _option(
         1.0, type=float, above=0, group=TRAINING, help="Softens both distributions of the KL terms."
     )
+    teacher_temperature: float = _option(
+        1.0,
+        type=float,
+        above=0,
+        group=TRAINING,
+        help="Softens the original's predictions alone, where it is surer than it should be.",
+    )
 
     device: str = _option("auto", group=MACHINE, help="auto, cpu, cuda or cuda:N.")
     precision: str = _option(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from rcpconv.config import SELF, QuantizeConfig
 from rcpconv.train.losses import chunk_logits
@@ -33,14 +33,14 @@ _LAYERS_TOGETHER = 2
 """Layers that are whole at a time when weights are spread over GPUs: the one in use, and the next on its way."""
 
 # What a step costs. Matmuls: this share of the measured rate; on a CPU with all that goes with them. On CUDA beside
-# them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work (wiki-llama-22m trains
-# at 234,000 tokens/s on an H200, docs/log.md), a quarter of it when compiled. For each batch: quantizing a weight,
-# forward and backward, and launching a layer's operations.
+# them: seconds a byte that the backward pass keeps, a measure of a layer's elementwise work, a quarter of it when
+# compiled. For each batch: quantizing a weight, forward and backward. Launching a layer's operations takes so long that
+# small batches of small models take no less (48 ms for 6 layers of wiki-llama-22m, docs/log.md, 2026-11-29).
 _EFFICIENCY = {"cpu": 0.45, "cuda": 0.6}
 _SECONDS_PER_SAVED_BYTE = {"cpu": 0.0, "cuda": 1.2e-11}
 _COMPILED = 0.25
 _SECONDS_PER_WEIGHT = {"cpu": 5e-8, "cuda": 4e-11}
-_SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1.5e-3}
+_SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 8e-3}
 # For each step: the bytes that an update moves, at this share of an H200's 4e12 a second. Without torch.compile, small
 # states move many more: 8-bit ones took 5.0 s beyond the rest of a step for 6.7e9 weights, those of others are counted.
 _UPDATE_RATE = {"cpu": math.inf, "cuda": 2.5e12}
@@ -53,6 +53,21 @@ _LINK_BYTES = 3e11
 _SAVED_HIDDEN, _SAVED_ATTENTION, _SAVED_KV, _SAVED_MLP = 26, 17, 33, 21
 """Bytes that the backward pass of a layer keeps of a token: for each channel of the residual stream, of the queries, of
 keys and values together, and of the MLP. Measured with saved-tensor hooks, as tests/rcpconv/train/test_plan.py does."""
+
+
+# Fitted to what compiled training takes at its peak, of 22 M, 1 B, 3 B and 7 B weights (docs/log.md, 2026-11-29).
+# Without torch.compile nothing was measured on a GPU.
+_COMPILED_SAVES = 0.55
+"""What a compiled layer keeps, as a share of an eager one's."""
+_PASSING = 0.2
+"""What a layer's backward pass takes beside, as a share of what an eager one keeps."""
+_EAGER_WEIGHTS = 6
+"""Copies of the largest weight that its quantization makes, one operation after another."""
+_CHUNKS = 4
+"""Arrays of a chunk's logits."""
+_HEADS_IN_LOSS, _HEADS = 3, 2
+"""Arrays of the head's size: its integers, their gradient, and for a while what rounding keeps. A table that is
+embedding and head has a second gradient in the end."""
 
 EAGER, COMPILED = "eager", "compiled"
 SCALED = ("activations", "working space")
@@ -156,45 +171,29 @@ def memory(
     a = architecture
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     weights, quantizers = parameters(a, quantization)
-    half = config.precision == "bf16"
-    layer, largest_weight = linear // a.num_layers, max(math.prod(spec.linear_shape(a, k)) for k in spec.LINEARS)
-    largest = max(table, largest_weight)
+    kept, learnt = _kept_bytes(config), _weight_bytes(config)
+    layer, largest_weight = linear // a.num_layers, _largest_weight(a)
     layer_quantizers = quantizers // a.num_layers
-    learnt = _weight_bytes(config)
-
-    assert config.seq_len is not None
-    tokens = _own_batches(config, gpus)[0] * config.seq_len
-    kept = _BFLOAT16 if half else _FLOAT32
-    live_layers = 1 if config.grad_checkpointing == "on" else a.num_layers
-    layer_weights = (kept + 1) * layer  # integers and codes, kept for the backward pass
-    stream = a.num_layers * tokens * _FLOAT32 * a.hidden_size
-    activations = live_layers * (tokens * saved_bytes(a) + layer_weights) + stream
-    if config.hidden_loss:
-        activations += 2 * stream
-    chunk = min(tokens * a.vocab_size, chunk_logits(kind, a.vocab_size, config.low_memory))
-
-    gradients = learnt * weights + _FLOAT32 * quantizers
-    if config.step_in_backward == "on":  # those of a compiled layer, or of a table, come together
-        gradients = learnt * max(layer, table) + _FLOAT32 * layer_quantizers
     teacher = _BYTES["int8"] if config.teacher_weights == "int8" else kept
     gathered = 0.0
     if gpus > 1:  # layers put together, and what is computed of them before it is spread
         whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
         gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
     factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
-    working = factor * _FLOAT32 * (6 * largest + 6 * chunk)
+    peak = max(_moments(config, a, quantization, kind, gpus), key=sum)
     whole_teacher = teacher * (linear + 2 * table)
     needs = {
         "weights": learnt * weights / gpus,
         "quantizers": _FLOAT32 * quantizers / gpus,
-        "gradients": gradients / gpus,
+        "gradients": peak.gradients,
         "optimizer": _state_bytes(config) * (weights + quantizers) / gpus,
         "original model": whole_teacher / gpus,
-        "activations": factor * activations,
-        "working space": working + gathered,
+        "activations": factor * peak.activations,
+        "working space": factor * peak.working + gathered,
     }
     if gpus > 1:
-        before = {"gradients": 0.0, "optimizer": 0.0, "original model": whole_teacher, "working space": working}
+        before = {"gradients": 0.0, "optimizer": 0.0, "original model": whole_teacher}
+        before["working space"] = factor * peak.working
         starts = [needs]
         if config.starts_whole:
             starts.append(needs | before | {"weights": _FLOAT32 * weights, "quantizers": _FLOAT32 * quantizers})
@@ -205,6 +204,59 @@ def memory(
         needs = {"weights": _FLOAT32 * layer, "quantizers": _FLOAT32 * layer_quantizers}
         needs["working space"] = 7 * _FLOAT32 * largest_weight
     return {name: round(nbytes) for name, nbytes in needs.items()}
+
+
+def _kept_bytes(config: QuantizeConfig) -> int:
+    """Of a number that is multiplied by, in the forward pass and for the backward pass."""
+    return _BFLOAT16 if config.precision == "bf16" else _FLOAT32
+
+
+def _largest_weight(architecture: Architecture) -> int:
+    return max(math.prod(spec.linear_shape(architecture, kind)) for kind in spec.LINEARS)
+
+
+class _Moment(NamedTuple):
+    """What there is in one moment of a step beside what is always there, in bytes of each device."""
+
+    gradients: float
+    activations: float
+    working: float
+
+
+def _moments(
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, kind: str, gpus: int
+) -> list[_Moment]:
+    """Those of a step that may need most: in the loss, and when the layers' backward pass begins and ends."""
+    a = architecture
+    weights, quantizers = parameters(a, quantization)
+    layer, table = linear_weights(a) // a.num_layers, a.vocab_size * a.hidden_size
+    learnt, compiled = _weight_bytes(config), config.compile == "on"
+    assert config.seq_len is not None
+    sequences, batches = _own_batches(config, gpus)
+    tokens = sequences * config.seq_len
+
+    every = (learnt * weights + _FLOAT32 * quantizers) / gpus
+    few = (learnt * max(layer, table) + _FLOAT32 * (quantizers // a.num_layers)) / gpus
+    early = config.step_in_backward == "on"  # only those of a compiled layer, or of a table, are there together
+    before = every if batches > 1 and not early else 0.0
+
+    saved = (_COMPILED_SAVES if compiled else 1.0) * tokens * saved_bytes(a)
+    of_layer = saved + (_kept_bytes(config) + 1) * layer  # with the weights' integers and codes
+    live = of_layer if config.grad_checkpointing == "on" else a.num_layers * of_layer
+    one_stream = tokens * _FLOAT32 * a.hidden_size
+    streams = (1 + 2 * bool(config.hidden_loss)) * a.num_layers * one_stream
+
+    chunk = min(tokens * a.vocab_size, chunk_logits(kind, a.vocab_size, config.low_memory))
+    passing = _PASSING * tokens * saved_bytes(a)
+    if not compiled:
+        passing += _EAGER_WEIGHTS * _FLOAT32 * _largest_weight(a)
+    tables = _FLOAT32 * table
+    in_loss = 0.0 if config.grad_checkpointing == "on" else live
+    return [
+        _Moment(before, in_loss + streams, _HEADS_IN_LOSS * tables + _CHUNKS * _FLOAT32 * chunk),
+        _Moment(max(before, few), live + streams, passing + _HEADS * tables),
+        _Moment(few if early else every, of_layer + one_stream, passing + (_HEADS + a.tied_table) * tables),
+    ]
 
 
 def saved_bytes(architecture: Architecture) -> int:
@@ -238,8 +290,8 @@ def step_seconds(
     elementwise = _SECONDS_PER_SAVED_BYTE[kind] * tokens * a.num_layers * saved_bytes(a)
     if config.compile == "on":
         elementwise *= _COMPILED
-    overhead = _SECONDS_PER_WEIGHT[kind] * (linear + table) + _SECONDS_PER_LAYER[kind] * a.num_layers
-    computing = products + elementwise + overhead
+    computing = products + elementwise + _SECONDS_PER_WEIGHT[kind] * (linear + table)
+    computing = max(computing, _SECONDS_PER_LAYER[kind] * a.num_layers)
     if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
         travelling = (3 * _weight_bytes(config) + _BFLOAT16) * linear / _LINK_BYTES
         computing = max(computing, travelling)

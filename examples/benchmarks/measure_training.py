@@ -2,7 +2,7 @@
 
     python examples/benchmarks/measure_training.py --out results.json
     python examples/benchmarks/measure_training.py --case llama-2-7b:48 --out results.json --set compile=off
-    python examples/benchmarks/measure_training.py --calibrate results.json rcpconv/calibration.json
+    python examples/benchmarks/measure_training.py --calibrate rcpconv/calibration.json results.json [more.json …]
 
 Without --case: 1B, 3B and 7B, each with all of the GPU's memory, with 80 GiB and with 48 GiB of it, the latter two
 with low_memory; each in a process of its own. Weights are random and made on the GPU; the settings are those that
@@ -43,7 +43,7 @@ from rcpconv.estimate import COMPILED, EAGER, SCALED, Calibration  # noqa: E402
 from rcpconv.layers import ComputeOptions, QuantLinear  # noqa: E402
 from rcpconv.model import Decoder, build_pieces  # noqa: E402
 from rcpconv.parts import FloatParts, Parts, TrainingParts  # noqa: E402
-from rcpconv.plan import Plan, look_at_machine, make_plan  # noqa: E402
+from rcpconv.plan import Plan, look_at_machine, make_plan, quantization_of  # noqa: E402
 from rcpconv.prepare import made_on  # noqa: E402
 from rcpconv.runs import Run  # noqa: E402
 from rcpconv.train.loop import Trainer  # noqa: E402
@@ -67,6 +67,8 @@ Ready = Callable[[nn.Module], nn.Module]
 _WARM_UP = 2
 _KERNELS, _SHOWN = 60, 25
 """How many of a profile's kernels are kept, and printed."""
+_KEPT = ("case", "tokens_per_step", "peak_allocated", "peak_reserved", "seconds")
+"""What a calibration says of its measurements, beside their estimates."""
 _STD = 0.02
 _GIB = 2**30
 
@@ -390,27 +392,38 @@ def factors(results: list[dict[str, Any]]) -> Calibration:
     """
     memory: dict[str, list[float]] = {EAGER: [], COMPILED: []}
     seconds: dict[str, list[float]] = {EAGER: [], COMPILED: []}
-    for result in results:
-        if not _usable(result):
-            continue
+    measured = []
+    for result in filter(_usable, results):
         kind = COMPILED if result["settings"]["compile"] == "on" else EAGER
-        terms = result["estimated_memory"]
+        terms, estimated_seconds = _theory(result)
         scaled = sum(terms[name] for name in SCALED)
         memory[kind].append((result["peak_allocated"] - (sum(terms.values()) - scaled)) / scaled)
-        seconds[kind].append(result["seconds"] / result["estimated_seconds"])
+        seconds[kind].append(result["seconds"] / estimated_seconds)
+        kept = {
+            name: result[name] for name in ("case", "tokens_per_step", "peak_allocated", "peak_reserved", "seconds")
+        }
+        measured.append(kept | {"estimated_memory": sum(terms.values()), "estimated_seconds": estimated_seconds})
     for found in (memory, seconds):
         if not any(found.values()):
             raise click.ClickException("nothing in it was measured on a GPU")
         for kind, other in ((EAGER, COMPILED), (COMPILED, EAGER)):
             found[kind] = found[kind] or found[other]
-    kept = ("case", "tokens_per_step", "estimated_seconds", "peak_allocated", "peak_reserved", "seconds")
-    measured = [{name: r[name] for name in kept} for r in results if _usable(r)]
     return Calibration(
         device=results[0]["device"],
         memory={kind: round(max(values), 3) for kind, values in memory.items()},
         seconds={kind: round(statistics.median(values), 3) for kind, values in seconds.items()},
         measured=tuple(measured),
     )
+
+
+def _theory(result: dict[str, Any]) -> tuple[dict[str, int], float]:
+    """What is estimated, without calibration, of a training that was measured."""
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in result["settings"].items()}
+    config, (architecture, tied) = QuantizeConfig(**settings), SHAPES[result["case"].split(":")[0]]
+    architecture, theory = dataclasses.replace(architecture, tied_table=tied), Calibration()
+    quantization = quantization_of(config, architecture)
+    memory = estimate.memory(config, architecture, quantization, "cuda", factors=theory)
+    return memory, estimate.step_seconds(config, architecture, "cuda", result["flops"], factors=theory)
 
 
 def _usable(result: dict[str, Any]) -> bool:
@@ -439,11 +452,11 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of rcpconv quantize.")
 @click.option(
     "--calibrate",
-    nargs=2,
     type=click.Path(dir_okay=False, path_type=Path),
-    metavar="RESULTS FILE",
-    help="Measure nothing; write factors from results.",
+    metavar="FILE",
+    help="Measure nothing; write factors from RESULTS.",
 )
+@click.argument("results_files", metavar="[RESULTS]...", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def main(
     cases: tuple[str, ...],
     out: Path | None,
@@ -452,12 +465,13 @@ def main(
     plain: bool,
     profiled: bool,
     pairs: tuple[str, ...],
-    calibrate: tuple[Path, Path] | None,
+    calibrate: Path | None,
+    results_files: tuple[Path, ...],
 ) -> None:
     """Measure every case in a process of its own, or one in this, or calibrate."""
     if calibrate is not None:
-        found = factors(json.loads(calibrate[0].read_text()))
-        calibrate[1].write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+        found = factors([result for path in results_files for result in json.loads(path.read_text())])
+        calibrate.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
         return
     results = json.loads(out.read_text()) if out is not None and out.exists() else []
     done = {(result["case"], tuple(result["set"])) for result in results}

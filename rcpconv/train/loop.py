@@ -225,7 +225,11 @@ class Trainer:
             batches = (self._tokens(i * self.batch, self.batch) for i in range(CONFIDENCE_BATCHES))
             counters.beta = teacher_confidence(self.teacher, batches)
         loss: Loss = Distillation(
-            kind=c.loss, temperature=c.temperature, beta=counters.beta or 0.0, mix_share=c.mix_share
+            kind=c.loss,
+            temperature=c.temperature,
+            teacher_temperature=c.teacher_temperature,
+            beta=counters.beta or 0.0,
+            mix_share=c.mix_share,
         )
         return torch.compile(loss) if c.compile == "on" else loss
 

@@ -34,10 +34,14 @@ LEAST_ROWS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Which loss. beta: CAKLD's weight of KL(S ‖ T); mix_share: the cross-entropy's weight in "mix"; in 0..1."""
+    """Which loss. beta: CAKLD's weight of KL(S ‖ T); mix_share: the cross-entropy's weight in "mix"; in 0..1.
+
+    teacher_temperature: of the teacher's predictions alone; above 1, the student learns less sure ones.
+    """
 
     kind: str
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     beta: float = 0.5
     mix_share: float = 0.5
 
@@ -48,7 +52,8 @@ class Distillation:
         target: ids of the next tokens or UNKNOWN, for "mix" alone.
         """
         t = self.temperature
-        log_s, log_t = F.log_softmax(student_MV / t, dim=-1), F.log_softmax(teacher_MV / t, dim=-1)
+        log_s = F.log_softmax(student_MV / t, dim=-1)
+        log_t = F.log_softmax(teacher_MV / (t * self.teacher_temperature), dim=-1)
         p_s, p_t = log_s.exp(), log_t.exp()
         ratio = log_s.sub_(log_t)
         kl = -(p_t * ratio).sum() * t**2

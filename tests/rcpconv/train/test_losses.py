@@ -63,6 +63,15 @@ def test_cross_entropy_has_its_share() -> None:
     torch.testing.assert_close(gradient, 0.9 * kl_gradient + 0.1 * cross_gradient)
 
 
+@pytest.mark.parametrize("kind", ["kl", "cakld", "mix"])
+def test_a_teacher_may_be_softened_alone(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 9, generator=generator)
+    target = torch.tensor([0, 8, 4, UNKNOWN])
+    softened = Distillation(kind=kind, temperature=2.0, teacher_temperature=1.3)(student, teacher, target)
+    torch.testing.assert_close(softened, Distillation(kind=kind, temperature=2.0)(student, teacher / 1.3, target))
+
+
 def test_equal_distributions_have_no_loss_and_no_gradient() -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     for kind in ("kl", "cakld"):

@@ -61,5 +61,10 @@ def test_too_little_memory_is_a_result_and_no_calibration(
     measured = result | {"peak_allocated": 8 << 30, "seconds": 1.0}
     assert not script._usable(measured)
     del measured["error"]
-    found = script.factors([result, measured])
-    assert len(found.measured) == 1 and found.seconds["eager"] == round(1 / result["estimated_seconds"], 3)
+    (tmp_path / "measured.json").write_text(json.dumps([measured]))
+    files = [str(out), str(tmp_path / "measured.json")]
+    written = tmp_path / "calibration.json"
+    CliRunner().invoke(script.main, ["--calibrate", str(written), *files], catch_exceptions=False)
+    found = json.loads(written.read_text())
+    (row,) = found["measured"]
+    assert found["seconds"]["eager"] == round(1 / row["estimated_seconds"], 3)

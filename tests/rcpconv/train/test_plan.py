@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,18 @@ from rcpconv.parts import TrainingParts
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.quantize import quantize
 from rcpformat.architecture import Architecture
-from shapes import DEMO, LLAMA_2_7B, LLAMA_2_70B, LLAMA_31_405B, LLAMA_32_1B, LLAMA_32_3B
+from shapes import DEMO, LLAMA_2_7B, LLAMA_2_70B, LLAMA_31_405B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M
 
 CPU = Machine(device="cpu", name="CPU, 2 threads", memory_bytes=16 * 10**9, flops=1e11)
 H200 = Machine(device="cuda:0", name="H200", memory_bytes=149 * 10**9, flops=7.5e14, compiles=True)
+
+RESULTS = Path(__file__).parents[3] / "examples" / "benchmarks" / "results"
+MEASURED = {
+    "wiki-llama-22m": (WIKI_22M, True),
+    "llama-3.2-1b": (LLAMA_32_1B, True),
+    "llama-3.2-3b": (LLAMA_32_3B, True),
+    "llama-2-7b": (LLAMA_2_7B, False),
+}
 
 
 def plan(architecture: Architecture, machine: Machine, tied: bool = False, **settings: Any) -> Plan:
@@ -129,8 +138,8 @@ def one_gpu(gib: float, **settings: Any) -> tuple[Plan, tuple[str, ...]]:
     [
         (180, False, NOTHING_SAVED, 8),
         (139, False, ("on", "fp32", "full", "fp32"), 8),
-        (80, True, ("on", "int8", "int8", "fp32"), 8),
-        (48, True, ("on", "int8", "int8", "bf16"), 1),
+        (80, True, ("on", "bf16", "int8", "fp32"), 4),
+        (48, True, ("on", "int8", "int8", "bf16"), 2),
     ],
 )
 def test_memory_decides_what_is_saved(gib: float, low_memory: bool, savings: tuple[str, ...], batch: int) -> None:
@@ -177,7 +186,7 @@ def test_every_saving_saves_and_says_what() -> None:
     ):
         after = plan(LLAMA_2_7B, H200, **none | {name: value}).memory
         assert after[term] / before[term] == pytest.approx(share, rel=0.05), name
-        assert all(after[other] <= before[other] for other in before)
+        assert sum(after.values()) < sum(before.values())
 
 
 def test_checkpoints_of_weights_alone_are_a_third() -> None:
@@ -191,7 +200,7 @@ def test_over_many_gpus_weights_are_spread(architecture: Architecture, gpus: int
     one, many = (plan(architecture, supposed_machine(n, 80 * 2**30), **settings) for n in (1, gpus))
     for name in ("weights", "quantizers", "optimizer", "original model"):
         assert many.memory[name] == pytest.approx(one.memory[name] / gpus, rel=1e-6)
-    assert many.memory["activations"] == one.memory["activations"]
+    assert many.memory["activations"] <= one.memory["activations"]  # with fewer gradients, another moment is the peak
     assert many.tokens_per_step == one.tokens_per_step and many.steps == one.steps == 4
     assert one.seconds / gpus <= many.seconds < one.seconds and many.config.step_in_backward == "off"
 
@@ -225,7 +234,7 @@ def test_a_dry_run_needs_neither_gpus_nor_weights(checkpoint: Path, tmp_path: Pa
     result = CliRunner().invoke(main, [*arguments, "--gpus", "4", "--dry-run"], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     for part in (
-        "estimate, uncalibrated: theory alone",
+        "estimate, calibrated by 5 measurements on NVIDIA H200",
         "bytes of each GPU",
         "4 GPUs of 51.5 GB, supposed",
         "steps of 2 × 4 sequences × 128",
@@ -252,6 +261,22 @@ def test_measurements_scale_what_is_not_certain() -> None:
     seconds = [estimate.step_seconds(c, LLAMA_2_7B, "cuda", 7e14, factors=f) for f in (estimate.Calibration(), doubled)]
     assert seconds[1] == 2 * seconds[0]
     assert doubled.says() == "calibrated by 1 measurements on H200"
+
+
+def measured_cases() -> list[Any]:
+    """What measure_training.py found on H200s, the newest first."""
+    folders = (RESULTS / "real-sizes-second", RESULTS / "real-sizes")
+    found = [r for folder in folders for path in sorted(folder.glob("*.json")) for r in json.loads(path.read_text())]
+    return [pytest.param(r, id=r["case"]) for r in found if isinstance(r, dict) and "peak_allocated" in r]
+
+
+@pytest.mark.parametrize("result", measured_cases())
+def test_estimated_memory_is_what_was_measured(result: dict[str, Any]) -> None:
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in result["settings"].items()}
+    architecture, tied = MEASURED[result["case"].split(":")[0]]
+    architecture, config = dataclasses.replace(architecture, tied_table=tied), QuantizeConfig(**settings)
+    found = estimate.memory(config, architecture, planning.quantization_of(config, architecture), "cuda")
+    assert result["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.1)
 
 
 def test_small_states_take_time_unless_they_are_compiled() -> None:
@@ -426,6 +451,7 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "tokens": 20_000_000, "steps": 5, "seq_len": 64, "batch_size": 2, "grad_accum": 3, "lr": 1e-3,
         "quantizer_lr": 2e-3, "clip_lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "warmup": 0.1,
         "lr_floor": 0.2, "grad_clip": 0.5, "loss": "kl", "temperature": 2.0, "device": "cpu", "precision": "fp32",
+        "teacher_temperature": 1.1,
         "grad_checkpointing": "on", "compile": "off", "seed": 4, "checkpoint_every": 9, "keep_checkpoints": 3,
         "log_every": 2, "eval_every": 7, "self_tokens": 99, "self_share": 0.3, "table_lr": 4e-3, "lr_scale": "relative",
         "optimizer": "muon", "schedule": "linear", "ema": 0.9, "start": "data", "a_clip": 0.8, "weight_reach": 0.5,
