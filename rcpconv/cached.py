@@ -64,7 +64,15 @@ class CachedDecoder:
 
 
 def draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """A token (B,) of each row, by inversion: torch.multinomial takes as long as the rest of the model on a CPU."""
+    """A token (B,) of each row."""
+    return draw_at(logits_BV, torch.rand(len(logits_BV), 1, generator=generator, device=logits_BV.device))
+
+
+def draw_at(logits_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """The token (B,) of each row that a number in 0..1 stands for, by inversion.
+
+    torch.multinomial takes as long as the rest of the model on a CPU.
+    """
     cumulated_BV = logits_BV.softmax(-1).cumsum(-1)
-    place_B1 = torch.rand(len(logits_BV), 1, generator=generator, device=logits_BV.device) * cumulated_BV[:, -1:]
+    place_B1 = uniform_B1 * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, place_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)

@@ -207,6 +207,15 @@ class QuantizeConfig:
         group=DATA,
         help="Share of the sequences that are sampled, where --data names other texts beside self.",
     )
+    resample: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=1,
+        group=DATA,
+        help="Share of the tokens that are drawn anew from the original's predictions whenever a text is trained on "
+        "again, so that it is not learned by heart.",
+    )
     eval_data: str | None = _option(
         None,
         optional=True,

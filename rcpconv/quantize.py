@@ -41,7 +41,7 @@ from rcpconv.evaluate import cut, lazy_perplexity, tokenize, torch_perplexity
 from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder, LazyDecoder, Piece
-from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
+from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, size, supposed_machine
 from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
 from rcpconv.proof import hash_tensor
 from rcpconv.quantizers import Learning
@@ -424,6 +424,8 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         evaluate=(lambda decoder: torch_perplexity(decoder, windows, "perplexity")) if windows else None,
     )
     trainer.train()
+    if plan.machine.kind == "cuda":
+        _note_peak(run, plan, console)
     return student
 
 
@@ -439,6 +441,15 @@ def _sharded(
         tokens_BT = torch.from_numpy(sequences.batch(0, config.batch_size)).to(device)
         student, teacher = compiled_layers(student, tokens_BT), compiled_layers(teacher)
     return distributed.sharded(student, device), distributed.sharded(teacher, device).eval()
+
+
+def _note_peak(run: Run, plan: Plan, console: Console) -> None:
+    """Keep in run.json, and say, how much of its memory the GPU that needed most has needed so far."""
+    peak = distributed.largest(torch.cuda.max_memory_allocated())
+    if not distributed.rank():
+        run.update(peak_gpu_memory=peak)
+    each = f" on each of {plan.machine.gpus} GPUs" if plan.machine.gpus > 1 else ""
+    console.print(f"peak of GPU memory: {size(peak)}{each}, {size(plan.memory_bytes)} estimated", highlight=False)
 
 
 def _evaluate(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], console: Console) -> dict[str, Any]:

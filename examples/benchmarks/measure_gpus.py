@@ -75,6 +75,10 @@ class Trainings:
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in map(json.loads, lines) if "loss" in line]
 
+    def record(self, name: str) -> dict[str, Any]:
+        """Its run.json."""
+        return json.loads((self.folder / name / "run.json").read_text())  # type: ignore[no-any-return]
+
     def whole(self, name: str, gpus: int, parts: int = 1) -> str:
         """Train on so many GPUs, each step's gradient added up in so many parts; the name given."""
         self._end(self._begin(name, gpus, parts), name)
@@ -92,13 +96,14 @@ class Trainings:
         return name
 
 
-def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of a training."""
+def summary(lines: Sequence[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a training. record: its run.json."""
     speeds = [line["tokens_per_second"] for line in lines[len(lines) // 2 :]]
     return {
         "losses": [line["loss"] for line in lines],
         "grad_norms": [line.get("grad_norm") for line in lines],
         "tokens_per_second": statistics.median(speeds),
+        "peak_gpu_memory": record.get("peak_gpu_memory"),
     }
 
 
@@ -142,16 +147,17 @@ def main(
         trainings = Trainings(model, text, folder, options, sequences, limit)
 
         def keep(name: str) -> None:
-            row = found["runs"].setdefault(name, summary(trainings.lines(name)))
+            row = found["runs"].setdefault(name, summary(trainings.lines(name), trainings.record(name)))
             first = next(iter(found["runs"].values()))
             row["largest_loss_difference"] = largest_difference(row["losses"], first["losses"])
             row["speedup"] = row["tokens_per_second"] / first["tokens_per_second"]
             found["runs"][name] = row
             out.write_text(json.dumps(found, indent=1) + "\n")
+            peak = f", at most {row['peak_gpu_memory'] / 2**30:.1f} GiB of a GPU" if row["peak_gpu_memory"] else ""
             click.echo(
                 f"{name:16} losses {row['losses'][0]:.5f} to {row['losses'][-1]:.5f}, at most "
                 f"{row['largest_loss_difference']:.2e} from the first's; {row['tokens_per_second']:,.0f} tokens/s, "
-                f"{row['speedup']:.2f} times the first's"
+                f"{row['speedup']:.2f} times the first's{peak}"
             )
 
         wanted = {f"gpus-{count}": (count, 1) for count in counts}

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from rcpconv.train.losses import Distillation, Loss, Matching, distill, teacher_
 from rcpconv.train.memory import StepInBackward, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
+from rcpconv.train.resampling import places, redraw
 from rcpconv.train.rotations import learn_rotations
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data, start_from_weights
 from rcpconv.train.tokens import Mixture, Sequences
@@ -210,6 +212,21 @@ class Trainer:
         """(B, T) sequences of the endless order."""
         return torch.from_numpy(self.sequences.batch(first, count)).to(self.device)
 
+    def _resampled(self, tokens_BT: Tensor, first: int) -> Tensor:
+        """Sequences `first` and the next ones, with changes where they are not there for the first time."""
+        c, all_of_step = self.config, self.accum * self.batch
+        if not c.resample:
+            return tokens_BT
+        begin = self.counters.step * all_of_step
+        again = np.array([self.sequences.epoch(index) > 0 for index in range(begin, begin + all_of_step)])
+        if not again.any():  # of the whole step, because processes ask a teacher together that they share
+            return tokens_BT
+        indices = range(first, first + len(tokens_BT))
+        chosen_BT, uniform_BT = places(indices, self.sequences.seq_len, c.resample, c.seed)
+        chosen_BT &= again[first - begin :][: len(tokens_BT), None]
+        chosen, uniform = (torch.from_numpy(each).to(self.device) for each in (chosen_BT, uniform_BT))
+        return redraw(self.teacher, tokens_BT, chosen, uniform)
+
     def _matching(self) -> Matching | None:
         """How the next update matches residual streams, if at all."""
         c, a = self.config, self.student.architecture
@@ -296,7 +313,7 @@ class Trainer:
         first, matching = counters.step * self.accum * self.batch, self._matching()
         parts = distributed.own_sequences(first, self.batch, self.accum)
         for start, count in parts:
-            tokens_BT = self._tokens(start, count)
+            tokens_BT = self._resampled(self._tokens(start, count), start)
             found = distill(self.student, self.teacher, tokens_BT, loss, 1 / len(parts), matching, c.low_memory)
             totals += torch.stack(found) / len(parts)
         if self.stepping is None:

@@ -112,6 +112,10 @@ class Sequences:
         """Sequences first .. first + count - 1 of the endless order, (B, T)."""
         return np.stack([self._sequence(index) for index in range(first, first + count)])
 
+    def epoch(self, index: int) -> int:
+        """How often the sequence of this index, or what it is cut from, has been there before."""
+        return index // self.per_epoch
+
     def _sequence(self, index: int) -> NDArray[np.int64]:
         epoch, position = divmod(index, self.per_epoch)
         offset, order = self._order(epoch)
@@ -129,8 +133,17 @@ class Mixture:
         """Sequences first .. first + count - 1 of the endless order, (B, T)."""
         return np.concatenate([self._one(index) for index in range(first, first + count)])
 
+    def epoch(self, index: int) -> int:
+        """As that of the source that the sequence of this index is from."""
+        before, after = self._places(index)
+        return self.first.epoch(before) if after > before else self.second.epoch(index - before)
+
+    def _places(self, index: int) -> tuple[int, int]:
+        """How many sequences before this index, and up to it, are of the first source."""
+        return int(index * self.share), int((index + 1) * self.share)
+
     def _one(self, index: int) -> NDArray[np.int64]:
-        before, after = int(index * self.share), int((index + 1) * self.share)
+        before, after = self._places(index)
         return self.first.batch(before, 1) if after > before else self.second.batch(index - before, 1)
 
 

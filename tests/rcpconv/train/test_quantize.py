@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rcpconv.baking import baked_decoder
 from rcpconv.cli import main
+from rcpconv.config import QuantizeConfig
 from rcpconv.errors import (
     BadCompiler,
     BadRun,
@@ -27,13 +28,15 @@ from rcpconv.errors import (
 )
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.export import export
+from rcpconv.plan import make_plan, supposed_machine
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import NEWEST, quantize
+from rcpconv.quantize import NEWEST, _note_peak, quantize
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpformat import spec
 from rcpformat.reader import RcpFile
+from shapes import LLAMA_2_7B
 from tiny_checkpoints import make_tiny_checkpoint
 from tiny_trainings import (
     SETTINGS,
@@ -92,6 +95,8 @@ TRAINED_OTHERWISE = {
     "data": {"start": "data", "a_clip": 0.75},
     "feedback": {"start": "feedback", "weight_range": "fixed"},
     "mix": {"loss": "mix", "mix_share": 0.1},
+    "softened": {"teacher_temperature": 1.1},
+    "resampled": {"resample": 0.2},
     "late activations": {"activations_from": 0.5},
     "frozen": {"freeze": 0.25},
     "pulled": {"pull": 0.05, "weight_reach": 100.0, "loss": "cakld", "quantizer_factor": 10.0, "clip_factor": 10.0},
@@ -534,6 +539,18 @@ def test_stopped_before_the_first_step_it_says_how_to_go_on(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     monkeypatch.undo()
     assert resume(tmp_path / "a").status == FINISHED
+
+
+def test_the_peak_of_gpu_memory_is_kept_and_told(
+    reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(reference.folder, tmp_path / "run")
+    run, output = Run.open(tmp_path / "run"), io.StringIO()
+    plan = make_plan(QuantizeConfig(model="m"), LLAMA_2_7B, False, supposed_machine(2, 100e9))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * 10**9)
+    _note_peak(run, plan, Console(file=output))
+    assert json.loads((run.folder / "run.json").read_text())["peak_gpu_memory"] == 70 * 10**9
+    assert output.getvalue().startswith("peak of GPU memory: 70.0 GB on each of 2 GPUs, ")
 
 
 def test_files_of_a_run_have_the_usual_mode(checkpoint: Path, text: Path, tmp_path: Path) -> None:
