@@ -596,6 +596,15 @@ class QuantizeConfig:
         if self.rotation_steps and untrained:
             raise BadOption(f"rotation_steps: {self.rotation_steps} need training text, which {untrained} does without")
 
+    @property
+    def starts_whole(self) -> bool:
+        """Whether each of several processes makes student and teacher whole before it keeps its part of them.
+
+        Learned rotations (rotation_steps) and starts from data (start other than weights) go through all layers before
+        training. With any other setting, layers are shared out as they are made.
+        """
+        return self.rotation_steps > 0 or self.start != "weights"
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:
         """Build from parsed TOML. Raises BadOption naming `where` and the key."""

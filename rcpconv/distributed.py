@@ -1,8 +1,9 @@
 """A training spread over processes, one a GPU: who is first, what all agree on, shards, starting and ending.
 
 torch does the work: FSDP2 shards student and teacher, torchrun's agent starts processes and ends them when one dies. In
-a process of its own (no process group) every function here is the identity. The first process decides and says what
-there is to say; the others follow. Knows nothing of losses, texts or run folders.
+a process of its own (no process group) every function here is the identity, but for `sharded`, which is for several.
+The first process decides and says what there is to say; the others follow. Knows nothing of losses, texts or run
+folders.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,12 +21,12 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rcpconv.errors import BadOption, ConversionError, NotEnoughMachine, ProcessDied
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, DecoderLayer, LazyDecoder, Piece
 
 _PATIENCE = timedelta(hours=12)
 """How long processes wait for each other, for the first one may sample texts or evaluate for hours. That one of them
@@ -160,15 +161,68 @@ def shard(model: Decoder, groups: list[dict[str, Any]]) -> None:
     if processes() == 1:
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
-    mesh = init_device_mesh(model.inv_freq.device.type, (processes(),))
+    mesh = _mesh(model.inv_freq.device)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for method in ("hidden", "hidden_and_streams"):
-        register_fsdp_forward_method(model, method)
+        _shard_layer(layer, mesh)
+    _shard_rest(model, mesh)
     parameters = dict(model.named_parameters())
     for group in groups:
         group["params"] = [parameters[names[parameter]] for parameter in group["params"]]
+
+
+def sharded(lazy: LazyDecoder, device: torch.device) -> Decoder:
+    """All of a decoder made on `device`, as `shard` leaves it.
+
+    Each layer is sharded before the next one is made: a process never has more than its part of the layers made so far,
+    a whole one, and the tables.
+    """
+    mesh = _mesh(device)
+
+    def shard_layer(name: str, module: nn.Module) -> None:
+        if isinstance(module, DecoderLayer):
+            _shard_layer(module, mesh)
+
+    model = lazy.each(shard_layer).whole()
+    model.inv_freq = model.inv_freq.to(device)
+    _shard_rest(model, mesh)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `sharded` or `shard` made it what it is."""
+    return isinstance(model, FSDPModule)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    return init_device_mesh(device.type, (processes(),))
+
+
+def _shard_layer(layer: Any, mesh: DeviceMesh) -> None:
+    """FSDP2 gathers parameters in groups, and what learns in a group must have one dtype.
+
+    Where weights are narrower than the other parameters, those of attention and MLP are a group each.
+    """
+    narrow = _narrow(layer)
+    fully_shard(layer, mesh=mesh, ignored_params=narrow or None)
+    if narrow:
+        for part in (layer.attn, layer.mlp):
+            fully_shard(part, mesh=mesh, ignored_params=set(part.parameters()) - narrow)
+
+
+def _shard_rest(model: Decoder, mesh: DeviceMesh) -> None:
+    """What is around the layers, which are sharded."""
+    if _narrow(model.embed):
+        for part in (model.final_norm, model.head_input):
+            if next(part.parameters(), None) is not None:
+                fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for method in ("hidden", "hidden_and_streams"):
+        register_fsdp_forward_method(model, method)
+
+
+def _narrow(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that learn in bfloat16."""
+    return {p for p in module.parameters() if p.requires_grad and p.dtype == torch.bfloat16}
 
 
 def reshard(model: nn.Module) -> None:
@@ -178,14 +232,26 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def gather(model: nn.Module) -> None:
-    """Make every parameter whole again in the first process, one at a time; the others only help."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                value = parameter.full_tensor()
-                if not rank():
-                    setattr(module, name, nn.Parameter(value))
+def gathered(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of a decoder, the parameters of each whole in the first process until the next one is asked for.
+
+    All processes go through them together; the others only help.
+    """
+    for piece in pieces:
+        parts = [
+            (module, name, parameter)
+            for module in piece[1].modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if isinstance(parameter, DTensor)
+        ]
+        for module, name, part in parts:
+            value = part.full_tensor()
+            if not rank():
+                setattr(module, name, nn.Parameter(value))
+            del value
+        yield piece
+        for module, name, part in parts:
+            setattr(module, name, part)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from rcpconv.config import QuantizeConfig
+from rcpconv.config import SELF, QuantizeConfig
 from rcpconv.train.losses import chunk_logits
 from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
@@ -162,7 +162,12 @@ def memory(
     gpus: int = 1,
     factors: Calibration | None = None,
 ) -> dict[str, int]:
-    """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over."""
+    """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over.
+
+    At the largest: in training, or over several GPUs before it, where models are whole then. They are for settings that
+    start so (QuantizeConfig.starts_whole); and one GPU has the whole teacher where that writes texts. Otherwise layers
+    are shared out as they are made, which takes less than training.
+    """
     a = architecture
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     weights, quantizers = parameters(a, quantization)
@@ -176,15 +181,25 @@ def memory(
         gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
     factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
     peak = max(_moments(config, a, quantization, kind, gpus), key=sum)
+    whole_teacher = teacher * (linear + 2 * table)
     needs = {
         "weights": learnt * weights / gpus,
         "quantizers": _FLOAT32 * quantizers / gpus,
         "gradients": peak.gradients,
         "optimizer": _state_bytes(config) * (weights + quantizers) / gpus,
-        "original model": teacher * (linear + 2 * table) / gpus,
+        "original model": whole_teacher / gpus,
         "activations": factor * peak.activations,
         "working space": factor * peak.working + gathered,
     }
+    if gpus > 1:
+        before = {"gradients": 0.0, "optimizer": 0.0, "original model": whole_teacher}
+        before["working space"] = factor * peak.working
+        starts = [needs]
+        if config.starts_whole:
+            starts.append(needs | before | {"weights": _FLOAT32 * weights, "quantizers": _FLOAT32 * quantizers})
+        if SELF in config.data:
+            starts.append(needs | before | {"weights": 0.0, "quantizers": 0.0})
+        needs = max(starts, key=lambda each: sum(each.values()))
     if config.steps == 0:  # a layer at a time; beside it a matrix in float64, and one with its codes as int64
         needs = {"weights": _FLOAT32 * layer, "quantizers": _FLOAT32 * layer_quantizers}
         needs["working space"] = 7 * _FLOAT32 * largest_weight

@@ -8,6 +8,7 @@ Shape suffixes: B batch, T positions, H heads, D head_dim, C hidden_size, V voca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,6 +233,17 @@ class LazyDecoder:
     pieces: Callable[[], Iterator[Piece]]
     """As build_pieces gives them, ready for use; each call makes them anew."""
     options: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def each(self, change: Callable[[str, nn.Module], object]) -> LazyDecoder:
+        """The same, with this done in place to each piece, by its name, as soon as it is there."""
+
+        def pieces() -> Iterator[Piece]:
+            for name, module in self.pieces():
+                change(name, module)
+                yield name, module
+                del module  # before the next one is made
+
+        return dataclasses.replace(self, pieces=pieces)
 
     def whole(self) -> Decoder:
         """All of it."""

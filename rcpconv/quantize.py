@@ -66,8 +66,9 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
+from rcpconv.train.compiling import compiled_layers
 from rcpconv.train.loop import Interrupted, Trainer
-from rcpconv.train.memory import int8_teacher
+from rcpconv.train.memory import int8_teacher, narrow_weights
 from rcpconv.train.sampling import SELF_EPOCHS, sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
@@ -283,9 +284,7 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
     with stoppable(lambda happened: _tell_to_resume(run, happened, console)):
         try:
             if plan.steps:
-                student = _trained_student(run, plan, source, windows, console)
-                distributed.gather(student)
-                pieces = student.pieces()
+                pieces = distributed.gathered(_trained_student(run, plan, source, windows, console).pieces())
             else:
                 pieces = lazy_untrained(plan, source, cut_tables=True).pieces()
         except (BadTrainingData, TrainingDiverged) as error:  # what resuming cannot mend
@@ -293,6 +292,8 @@ def _train(run: Run, plan: Plan, source: SourceModel, windows: list[list[int]], 
                 run.update(status=FAILED, reason=str(error))
             raise
         if distributed.rank():
+            for _ in pieces:
+                pass
             return run
         keep_result(run, pieces, source)
         evaluation = _evaluate(run, plan, source, windows, console) if windows else None
@@ -392,20 +393,29 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     config, device = plan.config, torch.device(plan.machine.device)
     half = config.precision == "bf16"
 
+    how: dict[str, Any] = {
+        "source": source,
+        "dtype": torch.bfloat16 if half else torch.float32,
+        "options": ComputeOptions(half=half),
+        "device": device,
+    }
+    if config.teacher_weights == "int8":
+        how["change"] = int8_teacher
+
     @cache
     def teacher() -> Decoder:
-        dtype = torch.bfloat16 if half else torch.float32
-        options = ComputeOptions(half=half)
-        if config.teacher_weights == "int8":
-            return original_decoder(source, dtype, options, device, int8_teacher)
-        return original_decoder(source, dtype, options, device)
+        return original_decoder(**how)
 
     with distributed.first_before_others():  # before any weights are read, unless they write the texts
         sequences = _sequences(run, plan, source, teacher, console)
-    student = untrained_student(plan, source)
+    if distributed.processes() == 1 or config.starts_whole:
+        student, original = untrained_student(plan, source), teacher()
+    else:
+        teacher.cache_clear()  # what wrote texts is whole
+        student, original = _sharded(plan, lazy_untrained(plan, source), lazy_original(**how), sequences)
     trainer = Trainer(
         student=student,
-        teacher=teacher(),
+        teacher=original,
         sequences=sequences,
         steps=plan.steps,
         config=config,
@@ -417,6 +427,20 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
     if plan.machine.kind == "cuda":
         _note_peak(run, plan, console)
     return student
+
+
+def _sharded(
+    plan: Plan, student: LazyDecoder, teacher: LazyDecoder, sequences: Sequences | Mixture
+) -> tuple[Decoder, Decoder]:
+    """Both models, each of their layers ready for training, and shared out, before the next one is made."""
+    config, device = plan.config, torch.device(plan.machine.device)
+    if config.master_weights == "bf16":
+        student = student.each(lambda name, module: narrow_weights(module))
+    if config.compile == "on":
+        assert config.batch_size is not None
+        tokens_BT = torch.from_numpy(sequences.batch(0, config.batch_size)).to(device)
+        student, teacher = compiled_layers(student, tokens_BT), compiled_layers(teacher)
+    return distributed.sharded(student, device), distributed.sharded(teacher, device).eval()
 
 
 def _note_peak(run: Run, plan: Plan, console: Console) -> None:

@@ -8,6 +8,7 @@ Shape suffixes: B sequences, T positions, C channels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rcpconv.errors import BadCompiler
-from rcpconv.model import Decoder
+from rcpconv.model import Decoder, DecoderLayer, LazyDecoder
 from rcpconv.train.memory import LeanAdamW
+from rcpformat import spec
 
 ROUNDING = 2.0**-20
 """A relative change of a layer's input as small as float32 operations in another order make."""
@@ -42,11 +44,37 @@ Gradients = dict[str, Tensor]
 
 def compile_layers(student: Decoder, teacher: Decoder, tokens_BT: Tensor) -> None:
     """Compile every layer of both. Raises BadCompiler where that changes what the student's first layer learns."""
-    with torch.no_grad():
-        x_BTC = student.embed.embed(tokens_BT)  # type: ignore[operator]
     for model in (student, teacher):
         for each in model.layers:
             each.compile()
+    _compare_first_layer(student, tokens_BT)
+
+
+def compiled_layers(model: LazyDecoder, tokens_BT: Tensor | None = None) -> LazyDecoder:
+    """The same, each layer compiled when it is made, which may raise BadCompiler as compile_layers does.
+
+    tokens_BT: what the first layer, a student's, is compared on.
+    """
+    embed: list[nn.Module] = []
+
+    def compile_piece(name: str, module: nn.Module) -> None:
+        if name == spec.EMBED:
+            embed[:] = [module]
+        if isinstance(module, DecoderLayer):
+            module.compile()
+        if name == "layers.0" and tokens_BT is not None:
+            a = dataclasses.replace(model.architecture, num_layers=1, attention_window=None)  # the layer has its window
+            nothing = nn.Identity()
+            pieces = ((spec.EMBED, embed[0]), (name, module), ("final_norm", nothing), ("head_input", nothing))
+            _compare_first_layer(Decoder(a, model.inv_freq, pieces, model.options).to(tokens_BT.device), tokens_BT)
+
+    return model.each(compile_piece)
+
+
+def _compare_first_layer(student: Decoder, tokens_BT: Tensor) -> None:
+    """Raises BadCompiler where the first layer, compiled, learns something else."""
+    with torch.no_grad():
+        x_BTC = student.embed.embed(tokens_BT)  # type: ignore[operator]
     for name, comparison in compare(student, student.layers[0], x_BTC).items():
         if fault := comparison.fault():
             raise BadCompiler(

@@ -96,6 +96,8 @@ class Trainer:
     ) -> None:
         """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
 
+        student, teacher: whole, or sharded, with layers ready for training (distributed.sharded). Whole ones are made
+        so here, where several processes train.
         keep: leave a checkpoint of the last step, where there are any, and the curve of the loss.
         """
         assert config.batch_size is not None and config.grad_accum is not None
@@ -116,13 +118,15 @@ class Trainer:
         self.learned_CC = self._learn_rotations(turn=checkpoint is None) if config.rotation_steps else None
         if config.start != "weights" and checkpoint is None and not self.two_bits_from:
             self._start_from_data()
-        if config.master_weights == "bf16":
-            narrow_weights(student)
+        if not distributed.is_sharded(student):
+            if config.master_weights == "bf16":
+                narrow_weights(student)
+            if config.compile == "on":
+                compile_layers(student, teacher, self._tokens(0, self.batch))
+            distributed.shard(student, self.optimizer.param_groups)
+            distributed.shard(teacher, [])
         if config.compile == "on":
-            compile_layers(student, teacher, self._tokens(0, self.batch))
             compile_updates(getattr(self.optimizer, "optimizers", [self.optimizer]))
-        distributed.shard(student, self.optimizer.param_groups)
-        distributed.shard(teacher, [])
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.stepping: StepInBackward | None = None
         if isinstance(self.optimizer, Together) and config.step_in_backward == "on":

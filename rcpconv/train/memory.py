@@ -231,19 +231,20 @@ def narrow_weights(student: nn.Module) -> None:
             module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 class Int8Linear(nn.Module):
     """An unquantized linear layer kept as int8 with a scale a row, multiplied in the dtype that it had."""
-
-    integers: Tensor
-    scale: Tensor
-    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         integers, scale = int8_rows(weight.detach().float())
-        self.register_buffer("integers", integers.to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        # Parameters, for several processes share out those, and not buffers.
+        self.integers = _constant(integers.to(torch.int8))
+        self.scale = _constant(scale)
+        self.bias = None if bias is None else _constant(bias.detach().float())
         self.dtype = weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rcpconv import distributed
 from rcpconv.config import AUTO, QuantizeConfig
 from rcpconv.train.memory import LeanAdamW
 
@@ -126,7 +127,7 @@ def _weight_groups(weights: list[nn.Parameter], config: QuantizeConfig) -> list[
     assert config.lr is not None
     if config.lr_scale == "absolute":
         return [_group(weights, config.lr, config.weight_decay, freezes=True)]
-    squares = [float(w.detach().double().square().mean()) for w in weights]
+    squares = [float(distributed.whole(w.detach().double().square().mean())) for w in weights]
     total = sum(s * w.numel() for s, w in zip(squares, weights, strict=True)) / sum(w.numel() for w in weights)
     return [
         _group([w], config.lr * math.sqrt(s / total), config.weight_decay, freezes=True)

@@ -1,5 +1,7 @@
 """Training in several processes, over gloo on the CPU: as in one, also when they die."""
 
+import gc
+import json
 import os
 import signal
 import socket
@@ -13,15 +15,25 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
+import rcpconv.quantize
 from rcpconv import distributed
-from rcpconv.errors import BadOption, BadRun, ProcessDied
+from rcpconv.checkpoint import load_source
+from rcpconv.errors import BadCompiler, BadOption, BadRun, ProcessDied
 from rcpconv.export import export
+from rcpconv.layers import ComputeOptions
+from rcpconv.model import DecoderLayer
+from rcpconv.prepare import original_decoder, prepare, student_decoder
 from rcpconv.quantize import quantize
 from rcpconv.runs import FINISHED, RUNNING, Run
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Interrupted
+from rcpconv.train.memory import LeanAdamW, int8_teacher, narrow_weights
 from rcpconv.train.progress import read_metrics
+from rcpconv.train.update import update
+from rcpformat.architecture import Quantization
+from tiny_checkpoints import make_tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {
     "seq_len": 24,
@@ -46,6 +58,11 @@ OTHERWISE: dict[str, Any] = {
     "lr_scale": "relative",
     "grad_checkpointing": "on",
 }
+
+
+SMALLER: dict[str, Any] = {"master_weights": "bf16", "teacher_weights": "int8", "optimizer_states": "bf16"}
+"""Weights narrower than the other parameters, and a teacher of integers."""
+EARLY: dict[str, Any] = {"step_in_backward": "on", "batch_size": 4, "grad_accum": 1, "tables": "one"}
 
 
 def forked(action: Callable[[], Any], log: Path, **variables: str) -> int:
@@ -139,6 +156,50 @@ def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> Non
     assert figures(two) == pytest.approx(figures(one), rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scale": "relative", "grad_checkpointing": "on", "rotation_steps": 1},
+        SMALLER | EARLY,
+        SMALLER | {"compile": "on", "lr_scale": "relative", "tables": "two"},
+    ],
+)
+def test_settings_that_change_layers_give_two_processes_the_losses_of_one(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Narrow weights are rounded to nearest here, for each process has random numbers of its own.
+
+    Layers alone are compiled, and run as they were traced; it takes seconds all the same.
+    """
+    compiled = torch.compile
+
+    def trace(function: Any, **_: Any) -> Any:
+        of_a_layer = isinstance(getattr(function, "__self__", None), DecoderLayer)
+        return compiled(function, backend="eager") if of_a_layer else function
+
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr("rcpconv.train.update._compiled", lambda: update)
+    monkeypatch.setattr(LeanAdamW, "_random", lambda *_: None)
+    settings = settings | {"steps": 4, "checkpoint_every": 0}
+    one, two = train(1, name="one", **settings | {"compile": "off"}), train(2, **settings)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-2)
+
+
+def test_several_processes_refuse_a_compiler_that_loses_gradients(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled_wrongly(self: DecoderLayer) -> None:
+        self._compiled_call_impl = lambda x, *rest: self.forward(x, *rest).detach() + x * 0
+
+    def action() -> None:
+        settings = SETTINGS | {"data": (str(text),), "compile": "on"}
+        with pytest.raises(BadCompiler, match=r"layers\.0\.input a gradient that differs by 100% from the one without"):
+            quantize(str(checkpoint), settings, out=tmp_path / "run", runs=tmp_path, console=Console(quiet=True))
+
+    monkeypatch.setattr(DecoderLayer, "compile", compiled_wrongly)
+    assert together(2, action, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("counts", [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on(
     train: Callable[..., Path], whole: Run, text: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int]
@@ -198,6 +259,68 @@ def test_a_damaged_part_of_a_checkpoint_is_named(tmp_path: Path, monkeypatch: py
     next(newest.glob("*.distcp")).unlink()
     with pytest.raises(BadRun, match=r"step-0000002: cannot be read \(.*distcp.*delete it to resume"):
         checkpoints.load(newest, like)
+
+
+@pytest.mark.parametrize("settings", [{}, SMALLER])
+def test_no_process_holds_more_than_its_part_and_two_layers(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """While models are made, and when the trained one is baked; beside the tables. The second layer is for a cache."""
+    layers, folder = 8, tmp_path / "tiny"
+    make_tiny_checkpoint("llama32", folder, num_hidden_layers=layers)
+    source = load_source(str(folder))
+    student, teacher = (
+        student_decoder(prepare(source), Quantization(method="ldp"), ComputeOptions()),
+        original_decoder(source),
+    )
+    whole, tables = nbytes(student.layers[0]), 2 * nbytes(student.embed)
+    if settings:
+        narrow_weights(student)
+        teacher = int8_teacher(teacher)
+    parts = [nbytes(model.layers[0]) / 2 for model in (student, teacher)]
+    made: list[tuple[int, int]] = []
+    """How many layers have been begun, and what is held."""
+    baked: list[int] = []
+
+    def action() -> None:
+        gc.freeze()  # what was there before does not count
+        everything = SETTINGS | {"steps": 1, "checkpoint_every": 0, "data": (str(text),)} | settings
+        quantize(str(folder), everything, out=tmp_path / "run", runs=tmp_path, console=Console(quiet=True))
+        (tmp_path / f"held-{distributed.rank()}").write_text(json.dumps((made, baked)))
+
+    before_calls(monkeypatch, DecoderLayer, "__init__", lambda: made.append((made[-1][0] + 1 if made else 1, held())))
+    before_calls(monkeypatch, distributed, "fully_shard", lambda: made.append((made[-1][0], held())))
+    before_calls(monkeypatch, distributed, "gathered", lambda: baked.append(held()))
+    before_calls(monkeypatch, rcpconv.quantize, "bake_piece", lambda: baked.append(held()))
+    assert together(2, action, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+    for i in range(2):
+        made, baked = json.loads((tmp_path / f"held-{i}").read_text())
+        assert made[-1][0] == 2 * layers
+        for begun, found in made:
+            own = min(begun, layers) * parts[0] + max(0, begun - layers) * parts[1]
+            assert own / 2 < found < own + 2 * whole + tables, (begun, found)
+        assert max(baked) < baked[0] + 2 * whole + tables
+
+
+def before_calls(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, act: Callable[[], Any]) -> None:
+    """Have this done whenever the function is called."""
+    called = getattr(place, name)
+
+    def function(*arguments: Any, **more: Any) -> Any:
+        act()
+        return called(*arguments, **more)
+
+    monkeypatch.setattr(place, name, function)
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def held() -> int:
+    """Bytes of all tensors that Python knows of in this process."""
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not isinstance(each, DTensor)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 def test_sequences_are_divided_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,29 @@ def test_over_many_gpus_weights_are_spread(architecture: Architecture, gpus: int
     assert one.seconds / gpus <= many.seconds < one.seconds and many.config.step_in_backward == "off"
 
 
+def test_models_that_are_whole_at_the_start_count_on_each_gpu(tmp_path: Path) -> None:
+    student, teacher = 4 * 69e9, 2 * 69e9
+
+    def eight(**settings: Any) -> Plan:
+        return plan(LLAMA_2_70B, supposed_machine(8, 139 * 2**30), low_memory=True, **settings)
+
+    spread = eight()
+    assert spread.memory_bytes < 0.9 * spread.machine.memory_bytes and spread.memory["weights"] < student / 7
+    for settings in ({"rotation_steps": 1}, {"start": "data"}, {"start": "feedback"}):
+        found = eight(teacher_weights="full", **settings)
+        assert found.memory["weights"] == pytest.approx(student, rel=0.01)
+        assert found.memory["original model"] == pytest.approx(teacher, rel=0.01)
+        with pytest.raises(NotEnoughMachine, match="GB are needed"):
+            found.require_machine(tmp_path)
+    writing = eight(teacher_weights="full", data=("self",))
+    assert writing.memory["original model"] == pytest.approx(teacher, rel=0.01) and not writing.memory["weights"]
+    one = {"batch_size": 1, "grad_accum": 1, "grad_checkpointing": "on"}
+    alone = [
+        plan(LLAMA_2_7B, H200, **one, **settings).memory for settings in ({}, {"start": "data"}, {"data": ("self",)})
+    ]
+    assert alone[0] == alone[1] == alone[2]
+
+
 def test_a_dry_run_needs_neither_gpus_nor_weights(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     arguments = ["quantize", str(tmp_path), "--gpu-memory", "48"]
