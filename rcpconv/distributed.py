@@ -170,17 +170,18 @@ def shard(model: Decoder, groups: list[dict[str, Any]]) -> None:
         group["params"] = [parameters[names[parameter]] for parameter in group["params"]]
 
 
-def sharded(lazy: LazyDecoder, device: torch.device) -> Decoder:
+def sharded(lazy: LazyDecoder, device: torch.device, zero_stage: int = 3) -> Decoder:
     """All of a decoder made on `device`, as `shard` leaves it.
 
-    Each layer is sharded before the next one is made: a process never has more than its part of the layers made so far,
-    a whole one, and the tables.
+    zero_stage: with 2, layers too stay whole from `hidden` to the end of the backward pass, and are gathered once
+    instead of twice. Each layer is sharded before the next one is made: a process never has more than its part of the
+    layers made so far, a whole one, and the tables.
     """
     mesh = _mesh(device)
 
     def shard_layer(name: str, module: nn.Module) -> None:
         if isinstance(module, DecoderLayer):
-            _shard_layer(module, mesh)
+            _shard_layer(module, mesh, reshard_after_forward=zero_stage == 3)
 
     model = lazy.each(shard_layer).whole()
     model.inv_freq = model.inv_freq.to(device)
@@ -197,16 +198,17 @@ def _mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (processes(),))
 
 
-def _shard_layer(layer: Any, mesh: DeviceMesh) -> None:
+def _shard_layer(layer: Any, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
     """FSDP2 gathers parameters in groups, and what learns in a group must have one dtype.
 
     Where weights are narrower than the other parameters, those of attention and MLP are a group each.
     """
     narrow = _narrow(layer)
-    fully_shard(layer, mesh=mesh, ignored_params=narrow or None)
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    fully_shard(layer, ignored_params=narrow or None, **how)
     if narrow:
         for part in (layer.attn, layer.mlp):
-            fully_shard(part, mesh=mesh, ignored_params=set(part.parameters()) - narrow)
+            fully_shard(part, ignored_params=set(part.parameters()) - narrow, **how)
 
 
 def _shard_rest(model: Decoder, mesh: DeviceMesh) -> None:
@@ -227,8 +229,9 @@ def _narrow(module: nn.Module) -> set[nn.Parameter]:
 
 def reshard(model: nn.Module) -> None:
     """Leave nothing whole after passes without gradients."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

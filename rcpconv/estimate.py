@@ -161,8 +161,10 @@ def memory(
     kind: str,
     gpus: int = 1,
     factors: Calibration | None = None,
+    zero_stage: int = 3,
 ) -> dict[str, int]:
-    """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over.
+    """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over, in the
+    way of Plan.zero_stage.
 
     At the largest: in training, or over several GPUs before it, where models are whole then. They are for settings that
     start so (QuantizeConfig.starts_whole); and one GPU has the whole teacher where that writes texts. Otherwise layers
@@ -179,6 +181,8 @@ def memory(
     if gpus > 1:  # layers put together, and what is computed of them before it is spread
         whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
         gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
+        if zero_stage == 2:  # all weights are put together, and the gradients of some layers
+            gathered = learnt * (weights + tables) + _FLOAT32 * quantizers + _LAYERS_TOGETHER * whole
     factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
     peak = max(_moments(config, a, quantization, kind, gpus), key=sum)
     whole_teacher = teacher * (linear + 2 * table)
@@ -187,7 +191,7 @@ def memory(
         "quantizers": _FLOAT32 * quantizers / gpus,
         "gradients": peak.gradients,
         "optimizer": _state_bytes(config) * (weights + quantizers) / gpus,
-        "original model": whole_teacher / gpus,
+        "original model": whole_teacher / (1 if zero_stage == 2 else gpus),
         "activations": factor * peak.activations,
         "working space": factor * peak.working + gathered,
     }
@@ -273,6 +277,7 @@ def step_seconds(
     flops: float,
     gpus: int = 1,
     factors: Calibration | None = None,
+    zero_stage: int = 3,
 ) -> float:
     """Time of an optimizer step: 6 operations a weight and token for the student, 2 for the teacher, and the rest.
 
@@ -293,7 +298,8 @@ def step_seconds(
     computing = products + elementwise + _SECONDS_PER_WEIGHT[kind] * (linear + table)
     computing = max(computing, _SECONDS_PER_LAYER[kind] * a.num_layers)
     if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
-        travelling = (3 * _weight_bytes(config) + _BFLOAT16) * linear / _LINK_BYTES
+        passing = 2 * _weight_bytes(config) if zero_stage == 2 else 3 * _weight_bytes(config) + _BFLOAT16
+        travelling = passing * linear / _LINK_BYTES
         computing = max(computing, travelling)
     updating = update_bytes(config) * (linear + table) / gpus / _UPDATE_RATE[kind]
     factor = (factors or calibration()).seconds[COMPILED if config.compile == "on" else EAGER]

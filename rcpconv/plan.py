@@ -164,6 +164,10 @@ class Plan:
     checkpoint_bytes: int
     steps: int
     seconds: float
+    zero_stage: int = 3
+    """How several GPUs share out the student (ZeRO, arXiv 1910.02054). At 3 each layer is gathered where it is used. At
+    2, where memory allows it, weights stay whole from a step's forward to its backward pass, and the original always.
+    """
 
     @property
     def tokens_per_step(self) -> int:
@@ -233,9 +237,12 @@ class Plan:
         self.show_summary(console)
 
     def _savings(self) -> str:
-        """What is not as it is where memory suffices."""
+        """What is not as it is where memory suffices, and how several GPUs share."""
         shown = [name for name in _PLAIN if name != "grad_checkpointing" and getattr(self.config, name) != _PLAIN[name]]
-        return "".join(f", {name.replace('_', '-')} {getattr(self.config, name)}" for name in shown)
+        found = [f"{name.replace('_', '-')} {getattr(self.config, name)}" for name in shown]
+        if self.machine.gpus > 1:
+            found.append(f"ZeRO stage {self.zero_stage}")
+        return "".join(f", {each}" for each in found)
 
     def show_summary(self, console: Console) -> None:
         """Print size, memory, steps and time in a few lines."""
@@ -332,6 +339,11 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     )
     quantization = quantization_of(config, architecture)
     config, memory = _fit_memory(config, architecture, quantization, machine)
+    zero_stage = 3
+    if machine.gpus > 1 and not config.starts_whole:
+        faster = estimate.memory(config, architecture, quantization, machine.kind, machine.gpus, zero_stage=2)
+        if sum(faster.values()) <= _WITH_ROOM[machine.kind] * machine.memory_bytes:
+            zero_stage, memory = 2, faster
     assert config.batch_size is not None and config.grad_accum is not None
     per_step = config.batch_size * config.grad_accum * seq_len
     steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps
@@ -347,7 +359,8 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
         seconds=(steps + (config.rotation_steps / config.grad_accum if steps else 0))  # of one batch each
-        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus),
+        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage),
+        zero_stage=zero_stage,
     )
 
 

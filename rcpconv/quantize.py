@@ -432,7 +432,10 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
 def _sharded(
     plan: Plan, student: LazyDecoder, teacher: LazyDecoder, sequences: Sequences | Mixture
 ) -> tuple[Decoder, Decoder]:
-    """Both models, each of their layers ready for training, and shared out, before the next one is made."""
+    """Both models, each of their layers ready for training, and shared out, before the next one is made.
+
+    With ZeRO stage 2 every process has the teacher whole.
+    """
     config, device = plan.config, torch.device(plan.machine.device)
     if config.master_weights == "bf16":
         student = student.each(lambda name, module: narrow_weights(module))
@@ -440,6 +443,8 @@ def _sharded(
         assert config.batch_size is not None
         tokens_BT = torch.from_numpy(sequences.batch(0, config.batch_size)).to(device)
         student, teacher = compiled_layers(student, tokens_BT), compiled_layers(teacher)
+    if plan.zero_stage == 2:
+        return distributed.sharded(student, device, 2), teacher.whole().to(device).eval()
     return distributed.sharded(student, device), distributed.sharded(teacher, device).eval()
 
 

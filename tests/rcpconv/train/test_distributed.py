@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import rcpconv.quantize
 from rcpconv import distributed
+from rcpconv import plan as planning
 from rcpconv.checkpoint import load_source
 from rcpconv.errors import BadCompiler, BadOption, BadRun, ProcessDied
 from rcpconv.export import export
@@ -105,6 +106,17 @@ def figures(folder: Path) -> list[float]:
     return [value for line in lines for key, value in line.items() if key != "tokens_per_second"]
 
 
+@pytest.fixture(autouse=True)
+def stage_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no room for weights that stay whole."""
+    monkeypatch.setitem(planning._WITH_ROOM, "cpu", 0.0)
+
+
+@pytest.fixture
+def stage_2(monkeypatch: pytest.MonkeyPatch, stage_3: None) -> None:
+    monkeypatch.setitem(planning._WITH_ROOM, "cpu", 0.9)
+
+
 @pytest.fixture
 def train(checkpoint: Path, text: Path, tmp_path: Path) -> Callable[..., Path]:
     """Begins a run, or goes on with it, in so many processes, to the end or a stop."""
@@ -148,7 +160,27 @@ def test_two_processes_train_as_one(train: Callable[..., Path], whole: Run, text
     assert run.evaluation["perplexity"] == pytest.approx(whole.evaluation["perplexity"], rel=2e-3)
     assert export(run, tmp_path / "two.rcp").nbytes > 0  # compares the file's weights with the trained ones
     said = (tmp_path / "log").read_text()
+    assert "ZeRO stage 3" in said
     assert said.count("step 6/6") == said.count("Finished") == 1
+
+
+@pytest.mark.usefixtures("stage_2")
+def test_with_room_weights_stay_whole_for_a_step(
+    train: Callable[..., Path], whole: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO stage 2: the teacher is not shared out, and layers of the student are not gathered twice."""
+    sharded: list[Any] = []
+    shard_layer = distributed._shard_layer
+
+    def shard(layer: Any, mesh: Any, *, reshard_after_forward: bool = True) -> None:
+        sharded.append(layer)
+        assert len(sharded) <= whole.architecture.num_layers and not reshard_after_forward
+        shard_layer(layer, mesh, reshard_after_forward=reshard_after_forward)
+
+    monkeypatch.setattr(distributed, "_shard_layer", shard)
+    run = train(2, **MEASURED, eval_data=str(text))
+    assert figures(run) == pytest.approx(figures(whole.folder), rel=2e-3)
+    assert "ZeRO stage 2" in (tmp_path / "log").read_text()
 
 
 def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> None:

@@ -228,6 +228,21 @@ def test_models_that_are_whole_at_the_start_count_on_each_gpu(tmp_path: Path) ->
     assert alone[0] == alone[1] == alone[2]
 
 
+def test_weights_stay_whole_for_a_step_where_gpus_have_room() -> None:
+    def over(gpus: int, gib: float, architecture: Architecture = LLAMA_32_1B, **settings: Any) -> Plan:
+        return plan(architecture, supposed_machine(gpus, gib * 2**30), tokens=2048 * 64, **settings)
+
+    roomy, tight = over(2, 140), over(2, 14)
+    assert (roomy.zero_stage, tight.zero_stage, over(1, 140).zero_stage) == (2, 3, 3)
+    stage_3 = estimate.memory(roomy.config, roomy.architecture, roomy.quantization, "cuda", 2)
+    assert roomy.memory_bytes > sum(stage_3.values())
+    assert roomy.memory["original model"] == 2 * stage_3["original model"]
+    for name in ("weights", "optimizer", "gradients", "activations"):
+        assert roomy.memory[name] == stage_3[name]
+    assert over(2, 140, start="data").zero_stage == 3  # these shard late
+    assert over(8, 139, LLAMA_2_70B, low_memory=True).zero_stage == 3
+
+
 def test_a_dry_run_needs_neither_gpus_nor_weights(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     arguments = ["quantize", str(tmp_path), "--gpu-memory", "48"]
