@@ -208,6 +208,10 @@ class QuantTable(nn.Module):
             return F.linear(half_ste(x), table)
         return integer_linear(quantize_activations(x, 1.0, 8), table, scale, None, self.options.half)
 
+    def forward(self, x: Tensor, quantized: tuple[Tensor, Tensor | None]) -> Tensor:
+        """As `logits`, and compiled where the module is."""
+        return self.logits(x, quantized)
+
     @torch.no_grad()
     def bake(self) -> tuple[Tensor, Tensor | None]:
         """(weight int8, scale float32), or (weight float16, None)."""

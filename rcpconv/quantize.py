@@ -440,9 +440,10 @@ def _sharded(
     if config.master_weights == "bf16":
         student = student.each(lambda name, module: narrow_weights(module))
     if config.compile == "on":
-        assert config.batch_size is not None
-        tokens_BT = torch.from_numpy(sequences.batch(0, config.batch_size)).to(device)
-        student, teacher = compiled_layers(student, tokens_BT), compiled_layers(teacher)
+        assert config.batch_size is not None and config.grad_accum is not None
+        own = distributed.own_sequences(0, config.batch_size, config.grad_accum)
+        tokens_BT = torch.from_numpy(sequences.batch(*own[0])).to(device)
+        student, teacher = compiled_layers(student, tokens_BT, config.low_memory), compiled_layers(teacher)
     if plan.zero_stage == 2:
         return distributed.sharded(student, device, 2), teacher.whole().to(device).eval()
     return distributed.sharded(student, device), distributed.sharded(teacher, device).eval()

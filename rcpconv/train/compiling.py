@@ -1,4 +1,4 @@
-"""torch.compile for layers and updates of small states, and the proof that it does not change what they do.
+"""torch.compile for layers, the head and updates of small states, and the proof that it does not change what they do.
 
 torch 2.11 once gave a compiled layer zero gradients without a word (docs/log.md, 2026-11-22), so gradients are compared
 before the first update. Knows nothing of runs.
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from rcpconv.errors import BadCompiler
+from rcpconv.layers import QuantTable
 from rcpconv.model import Decoder, DecoderLayer, LazyDecoder
+from rcpconv.train.losses import chunk_rows
 from rcpconv.train.memory import LeanAdamW
 from rcpformat import spec
 
 ROUNDING = 2.0**-20
 """A relative change of a layer's input as small as float32 operations in another order make."""
-_LOSSES = 8
-"""Random ones, whose gradients are compared together: those of one may happen to cancel."""
+_LOSSES, _HEAD_LOSSES = 8, 2
+"""Random ones, whose gradients are compared together: those of a clip may happen to cancel for one."""
 _DIFFERENCE = 0.2
 """How far a compiled tensor of gradients may be from the eager one, beside twice what moved inputs change."""
 _FACTOR = 4.0
@@ -40,21 +42,29 @@ _UPDATE_DIFFERENCE = 0.1
 other neighbour."""
 
 Gradients = dict[str, Tensor]
+_Case = tuple[Callable[..., Tensor], Tensor]
 
 
-def compile_layers(student: Decoder, teacher: Decoder, tokens_BT: Tensor) -> None:
-    """Compile every layer of both. Raises BadCompiler where that changes what the student's first layer learns."""
+def compile_layers(student: Decoder, teacher: Decoder, tokens_BT: Tensor, low_memory: bool = False) -> None:
+    """Compile every layer of both, and the student's head. Raises BadCompiler where that changes what these learn.
+
+    tokens_BT: of the shape that each batch of this process has, low_memory: as in training; for other shapes torch
+    would compile once more, and more slowly running code.
+    """
     for model in (student, teacher):
         for each in model.layers:
             each.compile()
+    student.head.compile()
     _compare_first_layer(student, tokens_BT)
+    _compare_head(student.head, tokens_BT, low_memory)
 
 
-def compiled_layers(model: LazyDecoder, tokens_BT: Tensor | None = None) -> LazyDecoder:
+def compiled_layers(model: LazyDecoder, tokens_BT: Tensor | None = None, low_memory: bool = False) -> LazyDecoder:
     """The same, each layer compiled when it is made, which may raise BadCompiler as compile_layers does.
 
-    tokens_BT: what the first layer, a student's, is compared on.
+    tokens_BT, low_memory: what a student's first layer and head are compared on; a teacher's head stays as it is.
     """
+    head = spec.EMBED if model.architecture.tied_table else spec.HEAD
     embed: list[nn.Module] = []
 
     def compile_piece(name: str, module: nn.Module) -> None:
@@ -62,7 +72,12 @@ def compiled_layers(model: LazyDecoder, tokens_BT: Tensor | None = None) -> Lazy
             embed[:] = [module]
         if isinstance(module, DecoderLayer):
             module.compile()
-        if name == "layers.0" and tokens_BT is not None:
+        if tokens_BT is None:
+            return
+        if name == head:
+            module.compile()
+            _compare_head(module, tokens_BT, low_memory)
+        if name == "layers.0":
             a = dataclasses.replace(model.architecture, num_layers=1, attention_window=None)  # the layer has its window
             nothing = nn.Identity()
             pieces = ((spec.EMBED, embed[0]), (name, module), ("final_norm", nothing), ("head_input", nothing))
@@ -75,10 +90,39 @@ def _compare_first_layer(student: Decoder, tokens_BT: Tensor) -> None:
     """Raises BadCompiler where the first layer, compiled, learns something else."""
     with torch.no_grad():
         x_BTC = student.embed.embed(tokens_BT)  # type: ignore[operator]
-    for name, comparison in compare(student, student.layers[0], x_BTC).items():
+    _refuse("layers.0", compare(student, student.layers[0], x_BTC))
+
+
+def _compare_head(head: nn.Module, tokens_BT: Tensor, low_memory: bool) -> None:
+    """Raises BadCompiler where the head, compiled, learns something else. Its input is made up."""
+    assert isinstance(head, QuantTable)
+    rows, columns = head.weight.shape
+    count = chunk_rows(tokens_BT.numel(), rows, tokens_BT.device, low_memory)
+    x_MC = torch.randn(count, columns, generator=torch.Generator().manual_seed(0)).to(tokens_BT.device)
+    found: dict[str, Comparison] = {}
+    for seed in range(_HEAD_LOSSES):
+        _add(found, *(_head_gradients(head, run, x, seed) for run, x in _three(head.logits, head, x_MC, seed)))
+    _refuse("head", found)
+
+
+def _head_gradients(head: QuantTable, logits: Callable[..., Tensor], x_MC: Tensor, seed: int) -> Gradients:
+    """Of a head's input and of its quantized weights, for a random loss."""
+    x_MC = x_MC.clone().requires_grad_()
+    with torch.no_grad():
+        weight, scale = head.quantized()
+    weight = weight.detach().requires_grad_()
+    logits_MV = logits(x_MC, (weight, scale))
+    generator = torch.Generator(x_MC.device).manual_seed(seed)
+    logits_MV.backward(torch.randn(logits_MV.shape, generator=generator, device=x_MC.device))
+    return {"input": x_MC.grad, "weight": weight.grad}  # type: ignore[dict-item]
+
+
+def _refuse(where: str, comparisons: dict[str, Comparison]) -> None:
+    """Raises BadCompiler for the first gradient that is at fault."""
+    for name, comparison in comparisons.items():
         if fault := comparison.fault():
             raise BadCompiler(
-                f"compile: torch.compile of torch {torch.__version__} gives layers.0.{name} a gradient that {fault} "
+                f"compile: torch.compile of torch {torch.__version__} gives {where}.{name} a gradient that {fault} "
                 "the one without; train with --compile off, or try another torch"
             )
 
@@ -131,18 +175,24 @@ def compare(student: Decoder, compiled: Callable[..., Tensor], x_BTC: Tensor) ->
     about ROUNDING.
     """
     found: dict[str, Comparison] = {}
+    eager = student.layers[0].forward
     for seed in range(_LOSSES):
-        generator = torch.Generator(x_BTC.device).manual_seed(seed)
-        moved_BTC = x_BTC * (1 + ROUNDING * torch.randn(x_BTC.shape, generator=generator, device=x_BTC.device))
-        eager = student.layers[0].forward
-        of_eager, of_compiled, of_moved = (
-            layer_gradients(student, layer, input_BTC, seed)
-            for layer, input_BTC in ((eager, x_BTC), (compiled, x_BTC), (eager, moved_BTC))
-        )
-        for name, gradient in of_eager.items():
-            comparison = found.setdefault(name, Comparison(gradient.numel()))
-            comparison.add(gradient, of_compiled.get(name, torch.zeros_like(gradient)), of_moved[name])
+        three = _three(eager, compiled, x_BTC, seed)
+        _add(found, *(layer_gradients(student, layer, input_BTC, seed) for layer, input_BTC in three))
     return found
+
+
+def _three(eager: Callable[..., Tensor], compiled: Callable[..., Tensor], x: Tensor, seed: int) -> list[_Case]:
+    """What is compared: eager, compiled, and eager with every input moved by about ROUNDING."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    moved = x * (1 + ROUNDING * torch.randn(x.shape, generator=generator, device=x.device))
+    return [(eager, x), (compiled, x), (eager, moved)]
+
+
+def _add(found: dict[str, Comparison], eager: Gradients, compiled: Gradients, moved: Gradients) -> None:
+    for name, gradient in eager.items():
+        comparison = found.setdefault(name, Comparison(gradient.numel()))
+        comparison.add(gradient, compiled.get(name, torch.zeros_like(gradient)), moved[name])
 
 
 def layer_gradients(student: Decoder, layer: Callable[..., Tensor], x_BTC: Tensor, seed: int) -> Gradients:

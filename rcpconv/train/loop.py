@@ -122,7 +122,8 @@ class Trainer:
             if config.master_weights == "bf16":
                 narrow_weights(student)
             if config.compile == "on":
-                compile_layers(student, teacher, self._tokens(0, self.batch))
+                own = distributed.own_sequences(0, self.batch, self.accum)
+                compile_layers(student, teacher, self._tokens(*own[0]), config.low_memory)
             distributed.shard(student, self.optimizer.param_groups)
             distributed.shard(teacher, [])
         if config.compile == "on":

@@ -153,7 +153,7 @@ def distill(
     rows = chunk_rows(count, student.architecture.vocab_size, tokens_BT.device, low_memory)
     for part in (slice(start, start + rows) for start in range(0, count, rows)):
         hidden_leaf = hidden_MC.detach()[part].requires_grad_()
-        logits_MV = student.head.logits(hidden_leaf, (table_leaf, scale))
+        logits_MV = student.head(hidden_leaf, (table_leaf, scale))
         with torch.no_grad():
             part_loss, part_kl, gradient_MV = loss(logits_MV.detach(), teacher.logits(taught_MC[part]), target_M[part])
             loss_sum, kl_sum = loss_sum + part_loss, kl_sum + part_kl

@@ -7,7 +7,7 @@ import torch
 
 from rcpconv.checkpoint import load_source
 from rcpconv.errors import BadCompiler
-from rcpconv.layers import ComputeOptions
+from rcpconv.layers import ComputeOptions, QuantTable
 from rcpconv.model import Decoder, DecoderLayer
 from rcpconv.prepare import prepare, student_decoder
 from rcpconv.quantizers import METHODS, Learning, weight_quantizer
@@ -68,6 +68,36 @@ def test_a_compiler_that_loses_gradients_is_refused(tmp_path, monkeypatch: pytes
     monkeypatch.setattr(DecoderLayer, "compile", compiled_wrongly)
     with pytest.raises(BadCompiler, match=r"layers\.0\.input a gradient that differs by 100% from the one without"):
         compiling.compile_layers(student, student, tokens)
+
+
+@pytest.mark.parametrize("lost", ["input", "weight"])
+def test_a_compiler_that_loses_gradients_of_the_head_is_refused(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    student = tiny_student(tmp_path, ComputeOptions())
+    tokens = torch.randint(student.architecture.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def compiled_wrongly(self: QuantTable, *arguments, **more) -> None:
+        def call(x, quantized):
+            weight, scale = quantized
+            x, weight = (x.detach() + 0 * x, weight) if lost == "input" else (x, weight.detach() + 0 * weight)
+            return self.logits(x, (weight, scale))
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(DecoderLayer, "compile", lambda self: None)
+    monkeypatch.setattr(QuantTable, "compile", compiled_wrongly)
+    with pytest.raises(BadCompiler, match=rf"head\.{lost} a gradient that differs by 100% from the one without"):
+        compiling.compile_layers(student, student, tokens)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_head_compiles_whole_and_passes(tmp_path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    student = tiny_student(tmp_path, ComputeOptions())
+    tokens = torch.randint(student.architecture.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    student.head.compile(backend=backend, fullgraph=True)
+    compiling._compare_head(student.head, tokens, low_memory=False)
 
 
 @pytest.mark.parametrize(
