@@ -199,6 +199,13 @@ class QuantizeConfig:
         group=DATA,
         help="At most so many tokens are sampled from the model for --data self; longer trainings repeat them.",
     )
+    self_epochs: float = _option(
+        2.0,
+        type=float,
+        above=0,
+        group=DATA,
+        help="How often each sampled token is trained on: as many are sampled as that needs, up to --self-tokens.",
+    )
     self_share: float = _option(
         0.5,
         type=float,

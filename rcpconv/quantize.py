@@ -69,7 +69,7 @@ from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.compiling import compiled_layers
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpconv.train.memory import int8_teacher, narrow_weights
-from rcpconv.train.sampling import SELF_EPOCHS, sample
+from rcpconv.train.sampling import sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
@@ -544,7 +544,7 @@ def sampled_rows(
 ) -> Iterator[list[int]]:
     """Rows of tokens sampled from the teacher, for a training on `wanted` of them."""
     assert config.seq_len is not None
-    tokens = min(math.ceil(wanted / SELF_EPOCHS), config.self_tokens)
+    tokens = min(math.ceil(wanted / config.self_epochs), config.self_tokens)
     yield from _sampled(teacher, source, tokens, config.seq_len, config.seed, console)
 
 

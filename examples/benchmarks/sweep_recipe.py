@@ -52,7 +52,7 @@ from rcpconv.quantize import EVALUATION_WINDOW, keep_result, new_run, untrained_
 from rcpconv.runs import FINISHED, METRICS, now, replacing, write_json
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
-from rcpconv.train.sampling import SELF_EPOCHS, sample
+from rcpconv.train.sampling import sample
 from rcpconv.train.texts import read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached
 from rcpconv.train.tokens import tokenize as tokenize_pieces
@@ -188,7 +188,7 @@ class Sweep:
         if SELF not in c.data:
             return written
         share = c.self_share if len(c.data) > 1 else 1.0
-        limit = min(math.ceil(share * wanted / SELF_EPOCHS), c.self_tokens)
+        limit = min(math.ceil(share * wanted / c.self_epochs), c.self_tokens)
         sampled_N = self.sampled_text(seq_len)
         return Mixture(Sequences(sampled_N[: max(limit, seq_len)], seq_len, c.seed), written, share)
 

@@ -46,7 +46,7 @@ _ELSEWHERE = {
     "checkpoint_every": "--checkpoint-every",
 }
 """Settings that are not a variant's to choose -> the option that decides them for all."""
-_ONLY_COMMON = ("self_tokens",)
+_ONLY_COMMON = ("self_tokens", "self_epochs")
 _ONLY_OF_A_VARIANT = ("quantizer_lr", "clip_lr")
 _FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed_bits", "tables")
 """Settings that make a model larger, or easier to quantize: not a method's merit."""

@@ -16,9 +16,6 @@ from rcpconv.cached import CachedDecoder, draw, largest_batch
 from rcpconv.model import Decoder
 from rcpformat.architecture import TokenizerInfo
 
-SELF_EPOCHS = 2
-"""How often a training uses each sampled token: on the demo model twice is as good as once, for half the sampling."""
-
 
 @torch.inference_mode()
 def sample(

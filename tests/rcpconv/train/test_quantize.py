@@ -378,6 +378,8 @@ def test_sampled_text_among_other_text(checkpoint: Path, text: Path, tmp_path: P
     assert len(np.load(run.folder / "tokens" / "train.npy")) == wanted + 24
     few = train(checkpoint, text, tmp_path / "few", data=("self",), self_tokens=50, steps=4)
     assert len(np.load(few.folder / "tokens" / "train.npy")) == 3 * 24  # whole sequences
+    once = train(checkpoint, text, tmp_path / "once", data=("self",), self_epochs=1.0, steps=2)
+    assert len(np.load(once.folder / "tokens" / "train.npy")) == 2 * 2 * 2 * 24
 
 
 def test_other_forms(checkpoint: Path, text: Path, tmp_path: Path) -> None:
