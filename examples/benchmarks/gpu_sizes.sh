@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Converts and trains models of real sizes on one GPU, and measures that, what matters most first.
+# Converts and trains models of real sizes on one GPU or two, and measures that, what matters most first.
 #
 #     examples/benchmarks/gpu_sizes.sh OUT [PART...]
 #
 # Each part has a time limit and may fail. As soon as one is done, its output is in OUT/sizes.txt, and all outputs and
 # JSON are in OUT/results.tar.gz. Without parts: the first five, which fit into 9 minutes; name others for another call.
-# They run in the order in which they are named; the next call is for: 1b 3b resume train-7b-80 train-7b-48. Parts, with
-# the time that each takes on an H200 (thought for the last three, the others measured on 2026-11-29):
+# They run in the order in which they are named. Parts, with the time that each takes on H200s (measured on 2026-11-29;
+# that of the last one is thought):
 #
 #     chain          a checkpoint of random weights, three steps, file, rcp-run bench, sizes    150 s
 #     steps-0        the same checkpoint without training                                      85 s
 #     train-7b-full  memory and speed with all of the GPU's memory, and of plain training       98 s
-#     train-7b-80    memory and speed with --low-memory under a cap of 80 GiB                   91 s
+#     train-7b-80    memory and speed with --low-memory under a cap of 80 GiB                   100 s
 #     train-7b-48    the same under 48 GiB                                                      90 s
-#     1b, 3b         memory and speed with all of the memory, and of plain training        100 s each
-#     wiki           speed and profile of the small model that recipes are measured on               30 s
-#     resume         kill -9 in training, resume, the same bytes as uninterrupted              150 s
+#     1b, 3b         memory and speed with all of the memory, and of plain training              62 s, 83 s
+#     wiki           speed and profile of the small model that recipes are measured on           63 s
+#     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
+#     gpus-1b        losses, speed and memory on one GPU and on two                            150 s
+#     gpus-7b        the same on two GPUs alone                                                170 s
 #
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
 # MEASURED the steps to measure. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
@@ -111,7 +113,13 @@ resume() {
     timed "$py" $here/resume_drill.py "$models/$SHAPE_1B" "$runs/resume" -- --data demo --seq-len "$SEQ" \
         --batch-size 1 --grad-accum 1 --compile off --keep-checkpoints 1 $QUANTIZE_OPTIONS
 }
-export -f timed checkpoint chain steps_0 measured resume
+# gpus SHAPE NUMBERS SEQUENCES STEPS: one training on different numbers of GPUs.
+gpus() {
+    checkpoint "$1" || return
+    timed "$py" $here/measure_gpus.py "$models/$1" demo --out "$work/gpus-${1##*/}.json" --gpus "$2" --sequences "$3" \
+        --set steps="$4" --set seq_len="$SEQ" --limit 200
+}
+export -f timed checkpoint chain steps_0 measured resume gpus
 
 rm -f "$log"
 for name in $parts; do
@@ -125,6 +133,8 @@ for name in $parts; do
         3b) part "$name" 200 bash -c 'measured 3b "$SHAPE_3B:full" --plain' ;;
         wiki) part "$name" 90 bash -c 'SEQ=1024 measured wiki wiki-llama-22m:full --set batch_size=8 --set grad_accum=1' ;;
         resume) part "$name" 240 bash -c resume ;;
+        gpus-1b) part "$name" 240 bash -c 'gpus "$SHAPE_1B" 1,2 16 8' ;;
+        gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac
     # What a later part makes again if it needs it; in memory, it would be in the way.
