@@ -223,6 +223,13 @@ class QuantizeConfig:
         help="Share of the tokens that are drawn anew from the original's predictions whenever a text is trained on "
         "again, so that it is not learned by heart.",
     )
+    resample_after: int = _option(
+        1,
+        type=int,
+        low=0,
+        group=DATA,
+        help="How often a text is trained on as it is before --resample changes it; 0: never.",
+    )
     eval_data: str | None = _option(
         None,
         optional=True,

@@ -214,12 +214,13 @@ class Trainer:
         return torch.from_numpy(self.sequences.batch(first, count)).to(self.device)
 
     def _resampled(self, tokens_BT: Tensor, first: int) -> Tensor:
-        """Sequences `first` and the next ones, with changes where they are not there for the first time."""
+        """Sequences `first` and the next ones, with changes where they have been there often enough as they are."""
         c, all_of_step = self.config, self.accum * self.batch
         if not c.resample:
             return tokens_BT
         begin = self.counters.step * all_of_step
-        again = np.array([self.sequences.epoch(index) > 0 for index in range(begin, begin + all_of_step)])
+        epochs = np.array([self.sequences.epoch(index) for index in range(begin, begin + all_of_step)])
+        again = epochs >= c.resample_after
         if not again.any():  # of the whole step, because processes ask a teacher together that they share
             return tokens_BT
         indices = range(first, first + len(tokens_BT))

@@ -1,7 +1,8 @@
 """Training text that is new each time: some of its tokens are drawn anew from what the teacher expects there.
 
-A student that sees the same text again learns its contexts by heart. A teacher can be asked about any context, so from
-the second time on a text comes with changes, which the teacher itself finds likely. Knows nothing of training.
+A student that sees the same text again learns its contexts by heart, and a teacher that was trained on a text predicts
+it better than any other. A teacher can be asked about any context, so a text may come with changes, which the teacher
+itself finds likely. Knows nothing of training.
 
 Shape suffixes: B sequences, T positions, M tokens that are drawn, V vocabulary.
 """

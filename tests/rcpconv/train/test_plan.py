@@ -466,7 +466,7 @@ def test_every_setting_is_an_option_and_reaches_the_configuration(monkeypatch: p
         "tokens": 20_000_000, "steps": 5, "seq_len": 64, "batch_size": 2, "grad_accum": 3, "lr": 1e-3,
         "quantizer_lr": 2e-3, "clip_lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "warmup": 0.1,
         "lr_floor": 0.2, "grad_clip": 0.5, "loss": "kl", "temperature": 2.0, "device": "cpu", "precision": "fp32",
-        "teacher_temperature": 1.1, "resample": 0.15, "self_epochs": 1.5,
+        "teacher_temperature": 1.1, "resample": 0.15, "resample_after": 2, "self_epochs": 1.5,
         "grad_checkpointing": "on", "compile": "off", "seed": 4, "checkpoint_every": 9, "keep_checkpoints": 3,
         "log_every": 2, "eval_every": 7, "self_tokens": 99, "self_share": 0.3, "table_lr": 4e-3, "lr_scale": "relative",
         "optimizer": "muon", "schedule": "linear", "ema": 0.9, "start": "data", "a_clip": 0.8, "weight_reach": 0.5,

@@ -1,5 +1,7 @@
 """Texts with tokens drawn anew: which, that nothing else changes, and that order and batches do not matter."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from rcpconv.checkpoint import load_source
 from rcpconv.model import Decoder
 from rcpconv.prepare import original_decoder
 from rcpconv.train import resampling
+from rcpconv.train.loop import Trainer
 from rcpconv.train.resampling import places, redraw
 from rcpconv.train.tokens import Mixture, Sequences
 from tiny_checkpoints import make_tiny_checkpoint
@@ -53,3 +56,26 @@ def test_epochs_of_sequences_and_mixtures() -> None:
     assert [short.epoch(index) for index in range(5)] == [0, 0, 1, 1, 2]
     mixture = Mixture(short, long, 0.5)
     assert [mixture.epoch(index) for index in range(8)] == [0, 0, 0, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_training_changes_texts_that_it_has_seen(after: int, teacher: Decoder) -> None:
+    """Steps of two sequences, of which there are three: the second one is the first with a text for the second time."""
+    config = SimpleNamespace(resample=0.5, resample_after=after, seed=0)
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=3 * 16).astype(np.uint16)
+    trainer = SimpleNamespace(
+        config=config,
+        accum=1,
+        batch=2,
+        sequences=Sequences(tokens, 16, seed=0),
+        counters=SimpleNamespace(step=0),
+        device=torch.device("cpu"),
+        teacher=teacher,
+    )
+    changed = []
+    for step in range(4):
+        trainer.counters.step = step
+        as_it_is = torch.from_numpy(trainer.sequences.batch(2 * step, 2))
+        found = Trainer._resampled(trainer, as_it_is, 2 * step)  # type: ignore[arg-type]
+        changed += (found != as_it_is).any(dim=1).tolist()
+    assert changed == [index // 3 >= after for index in range(8)]
