@@ -246,7 +246,7 @@ def test_a_damaged_part_of_a_checkpoint_is_named(tmp_path: Path, monkeypatch: py
         for step in range(3):
             checkpoints.save(run, step, {"weight": torch.full((5,), step), "counters": {"step": step}}, keep=2)
 
-    def like() -> dict[str, Any]:
+    def like(_: object) -> dict[str, Any]:
         return {"weight": torch.zeros(5, dtype=torch.long), "counters": {"step": 0}}
 
     newest = checkpoints.newest(run)
