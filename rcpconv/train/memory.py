@@ -91,8 +91,8 @@ class StepInBackward:
 class LeanAdamW:
     """AdamW whose two states are kept in fewer bits, for weights in float32 or bfloat16. All arithmetic is float32.
 
-    states: "fp32", "bf16" or "int8" (blocks with a scale, dynamic 8-bit values of arXiv 2110.02861, by torchao). A block
-    lies within a row, and rows are what processes share out: so the same states serve any number of processes. It has
+    states: "fp32", "bf16" or "int8" (blocks with a scale, dynamic 8-bit values of arXiv 2110.02861, by torchao). Blocks
+    lie within rows, and rows are what processes share out: so the same states serve any number of them. A block has
     the largest power of two up to 256 that divides a row; where that is below 16, and for vectors, states are fp32.
     Weights in bfloat16 are rounded up or down at random (arXiv 2010.06192), or small updates would be lost; the random
     numbers follow from seed, parameter and step alone.
