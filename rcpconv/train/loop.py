@@ -2,7 +2,7 @@
 
 Nothing in it draws random numbers: texts are in an order fixed by the seed, and the schedule depends on the step alone.
 So a checkpoint holds parameters, optimizer state and a few counters, and a resumed run does exactly what an
-uninterrupted one does. Knows nothing of run set-up, texts, or what happens after the last step.
+uninterrupted one of as many processes does. Knows nothing of run set-up, texts, or what happens after the last step.
 
 Shape suffixes: B sequences, T positions.
 """
