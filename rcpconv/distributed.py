@@ -257,6 +257,23 @@ def gathered(pieces: Iterable[Piece]) -> Iterator[Piece]:
             setattr(module, name, part)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor; all of it where processes have no parts."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part(part: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that is shared out by rows as `like` is; `part` itself where that is whole.
+
+    A view. Rows may be of another length than those of `like`.
+    """
+    if not isinstance(like, DTensor):
+        return part
+    shape = torch.Size((like.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that processes have parts of; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,7 @@ processes can go on from either.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcpconv import distributed
@@ -83,20 +84,53 @@ def newest(run: Run) -> Path | None:
     return paths[-1] if paths else None
 
 
-def load(path: Path, like: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def load(path: Path, like: Callable[[Collection[str]], dict[str, Any]]) -> dict[str, Any]:
     """The state in a checkpoint; of tensors that processes have parts of, those parts. Raises BadRun when damaged.
 
-    like: gives a state of the same form. Its tensors may be overwritten.
+    like: gives a state of the same form; its argument are the keys of what is not None. Its tensors may be overwritten,
+    and it may have tensors that the checkpoint has not: those are left out.
     """
-    try:
-        if path.is_dir():
-            target = like()
+    if path.is_dir():
+        names = _names(path)
+        target: dict[str, Any] = _held(like({name.partition(".")[0] for name in names if "." in name}), names)
+        with _reading(path):
             state_dict_loader.load(target, checkpoint_id=path, no_dist=distributed.processes() == 1)
-            return target
+        return target
+    with _reading(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return state if distributed.processes() == 1 else _parts(state, like())
+    if distributed.processes() == 1:
+        return state
+    target = like({key for key, value in state.items() if value is not None})
+    with _reading(path):
+        return _parts(state, target)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, an error means that the checkpoint is damaged."""
+    try:
+        yield
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
+
+
+def _names(path: Path) -> set[str]:
+    """Of all values in a folder: their keys from the outermost one on, with dots between."""
+    try:
+        return set(FileSystemReader(path).read_metadata().state_dict_metadata)
+    except Exception as error:  # it is a pickle, and damaged ones end in errors of any kind
+        raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
+
+
+def _held(state: Any, names: set[str], prefix: str = "") -> Any:
+    """Without tensors that are not among the names: parameters that learn late have no optimizer states until then."""
+    if not isinstance(state, dict):
+        return state
+    return {
+        key: _held(value, names, f"{prefix}{key}.")
+        for key, value in state.items()
+        if not isinstance(value, Tensor) or f"{prefix}{key}" in names
+    }
 
 
 def _reason(error: BaseException) -> str:
@@ -107,15 +141,16 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
+@torch.no_grad()
 def _parts(state: Any, like: Any) -> Any:
-    """This process's parts of whole tensors, where `like` has parts."""
+    """This process's parts of whole tensors, where `like` has parts, which are overwritten: no whole one stays."""
     if isinstance(state, dict):
         return {key: _parts(value, like.get(key)) if isinstance(like, dict) else value for key, value in state.items()}
     if isinstance(state, list) and isinstance(like, list) and len(state) == len(like):
         return [_parts(value, part) for value, part in zip(state, like, strict=True)]
     if isinstance(state, Tensor) and isinstance(like, DTensor):
         value = state.to(like.device)
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        return like.copy_(distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None))
     return state
 
 

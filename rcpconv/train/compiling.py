@@ -212,11 +212,11 @@ def compile_updates(optimizers: Iterable[Any]) -> None:
     Compiled here and not in the first step: a step may be within a backward pass.
     """
     lean = [optimizer for optimizer in optimizers if isinstance(optimizer, LeanAdamW) and optimizer.compiled]
-    for device, dtype, rows, states, betas in sorted({kind for each in lean for kind in each.kinds()}, key=str):
-        numbers = _UPDATED[device.type] + (0 if rows else 1)
+    for device, dtype, width, states, betas in sorted({kind for each in lean for kind in each.kinds()}, key=str):
+        shape = (_UPDATED[device.type] // width, width) if width else (_UPDATED[device.type] + 1,)
         generator = torch.Generator(device).manual_seed(0)
         start, *gradients = (
-            torch.randn(numbers, generator=generator, device=device).to(dtype) for _ in range(1 + _UPDATES)
+            torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(1 + _UPDATES)
         )
         eager, compiled = (_updated(start, gradients, betas, states, compiled) for compiled in (False, True))
         for what in eager:

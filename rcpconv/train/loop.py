@@ -2,7 +2,7 @@
 
 Nothing in it draws random numbers: texts are in an order fixed by the seed, and the schedule depends on the step alone.
 So a checkpoint holds parameters, optimizer state and a few counters, and a resumed run does exactly what an
-uninterrupted one does. Knows nothing of run set-up, texts, or what happens after the last step.
+uninterrupted one of as many processes does. Knows nothing of run set-up, texts, or what happens after the last step.
 
 Shape suffixes: B sequences, T positions.
 """
@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -176,19 +176,21 @@ class Trainer:
             self.mean.load(self.parameters)
         self.counters.smoothed_loss, self.counters.lowest_loss = None, math.inf
 
-    def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds."""
+    def _state(self, states: bool) -> dict[str, Any]:
+        """All that a checkpoint holds. states: with the optimizer's."""
         return {
             "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.config.checkpoint_contents == "all" else None,
+            "optimizer": self.optimizer.state_dict() if states else None,
             "counters": asdict(self.counters),
             "mean": None if self.mean is None else self.mean.means,
         }
 
     def _load(self, checkpoint: Path) -> None:
-        def like() -> dict[str, Any]:
-            make_state(self.optimizer)
-            return self._state()
+        def like(parts: Collection[str]) -> dict[str, Any]:
+            states = "optimizer" in parts
+            if states:
+                make_state(self.optimizer)
+            return self._state(states)
 
         state = checkpoints.load(checkpoint, like)
         self.student.load_state_dict(state["student"])
@@ -207,7 +209,8 @@ class Trainer:
             self._diverged(f"parameter {bad[0]} is not finite")
         metrics.sync()
         self.counters.metrics_bytes = distributed.from_first(metrics.length)
-        checkpoints.save(self.run, self.counters.step, self._state(), self.config.keep_checkpoints)
+        state = self._state(self.config.checkpoint_contents == "all")
+        checkpoints.save(self.run, self.counters.step, state, self.config.keep_checkpoints)
 
     def _tokens(self, first: int, count: int) -> Tensor:
         """(B, T) sequences of the endless order."""

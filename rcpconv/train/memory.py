@@ -7,21 +7,26 @@ Shape suffixes: N out-features, V rows of a table, C hidden_size, B sequences, T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcpconv.errors import BadOption
+from rcpconv import distributed
+from rcpconv.errors import BadOption, BadRun
 from rcpconv.layers import FloatLinear, FloatTable, QuantLinear, QuantTable
 from rcpconv.quantizers.tables import int8_rows
-from rcpconv.train.update import BLOCK, EightBits, Rates, State, compiled_update, noise_like, read, update
+from rcpconv.train.update import BLOCK, EightBits, Rates, State, compiled_update, noise_like, read, update, write
 
 SMALLEST_IN_8_BITS = 4096
 """Parameters with fewer values keep float32 states: there is nothing to gain."""
+SMALLEST_BLOCK = 16
+"""Of values that share a scale in 8 bits; in smaller ones scales would take too much."""
 _SLICE = 1 << 24
 """Values that are updated at a time, a multiple of BLOCK: what an update needs beside its states is bounded by it."""
 _CLIP_EPS = 1e-6
@@ -30,8 +35,9 @@ _PRIME = 1_000_003
 _INSTALL = "pip install 'rcpconv[low-memory]' (torchao)"
 
 Group = dict[str, Any]
-Kind = tuple[torch.device, torch.dtype, bool, str, tuple[float, float]]
-"""Of an update: device, dtype of weights, whether they are whole blocks, states, betas."""
+Kind = tuple[torch.device, torch.dtype, int, str, tuple[float, float]]
+"""Of an update: device, dtype of weights, how many are in a row (0: they are in none), states, betas."""
+_MOMENTS = ("mean", "square")
 
 
 class StepInBackward:
@@ -85,7 +91,9 @@ class StepInBackward:
 class LeanAdamW:
     """AdamW whose two states are kept in fewer bits, for weights in float32 or bfloat16. All arithmetic is float32.
 
-    states: "fp32", "bf16" or "int8" (blocks of 256 with a scale, dynamic 8-bit values of arXiv 2110.02861, by torchao).
+    states: "fp32", "bf16" or "int8" (blocks with a scale, dynamic 8-bit values of arXiv 2110.02861, by torchao). Blocks
+    lie within rows, and rows are what processes share out: so the same states serve any number of them. A block has
+    the largest power of two up to 256 that divides a row; where that is below 16, and for vectors, states are fp32.
     Weights in bfloat16 are rounded up or down at random (arXiv 2010.06192), or small updates would be lost; the random
     numbers follow from seed, parameter and step alone.
     """
@@ -106,8 +114,8 @@ class LeanAdamW:
         self.param_groups, self.first = groups, first
         self.betas, self.states, self.seed, self.compiled = betas, states, seed, compiled
         self.steps = 0
-        self.moments: dict[int, list[tuple[Tensor, ...]]] = {}
-        """By the parameter's place: the two states of each slice."""
+        self.moments: dict[int, tuple[State, State]] = {}
+        """By the parameter's place: the two states of what this process has of it."""
 
     def _places(self) -> Iterator[tuple[int, nn.Parameter, Group]]:
         place = self.first
@@ -116,13 +124,34 @@ class LeanAdamW:
                 yield place, parameter, group
                 place += 1
 
-    def _zeros(self, like: Tensor) -> list[tuple[Tensor, ...]]:
-        sizes = [len(part) for part in _slices(like.detach())]
-        if self.states == "int8" and sum(sizes) >= SMALLEST_IN_8_BITS and sum(sizes) % BLOCK == 0:
-            state = eight_bits()
-            return [tuple(state.zeros(n, signed, BLOCK, like.device) for signed in (True, False)) for n in sizes]
+    def _block(self, parameter: Tensor) -> int:
+        """How many values share a scale; 0 where states are not in 8 bits."""
+        if self.states != "int8" or parameter.ndim < 2 or parameter.numel() < SMALLEST_IN_8_BITS:
+            return 0
+        block = math.gcd(parameter.shape[-1], BLOCK)
+        return block if block >= SMALLEST_BLOCK else 0
+
+    def _zeros(self, like: Tensor) -> tuple[State, State]:
+        shape, device, block = distributed.own_part(like).shape, like.device, self._block(like)
+        if block:
+            scales = (*shape[:-1], shape[-1] // block)
+            mean, square = (
+                EightBits(
+                    torch.zeros(shape, dtype=torch.uint8, device=device),
+                    torch.zeros(scales, device=device),
+                    _table(signed, device),
+                )
+                for signed in (True, False)
+            )
+            return mean, square
         dtype = torch.bfloat16 if self.states == "bf16" else torch.float32
-        return [tuple(torch.zeros(n, dtype=dtype, device=like.device) for _ in range(2)) for n in sizes]
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def make_state(self) -> None:
+        """Of all parameters, as before their first update."""
+        for place, parameter, _ in self._places():
+            if place not in self.moments:
+                self.moments[place] = self._zeros(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -137,13 +166,13 @@ class LeanAdamW:
             rate = group["lr"]
             numbers = (1 - rate * group["weight_decay"], rate / (1 - beta1**self.steps), 1 - beta2**self.steps)
             rates = Rates(*(torch.tensor(number, dtype=torch.float32) for number in numbers))
-            random = self._random(place, parameter)
-            parts = (_slices(parameter.detach()), _slices(parameter.grad), self.moments[place])
-            for weight, gradient, (mean, square) in zip(*parts, strict=True):
-                change = compiled_update if self.compiled and len(weight) >= SMALLEST_IN_8_BITS else update
+            random, width = self._random(place, parameter), self._block(parameter) or BLOCK
+            parts = [_slices(distributed.own_part(x), width) for x in (parameter.detach(), parameter.grad)]
+            states = [_state_slices(state, width) for state in self.moments[place]]
+            for weight, gradient, mean, square in zip(*parts, *states, strict=True):
+                change = compiled_update if self.compiled and weight.numel() >= SMALLEST_IN_8_BITS else update
                 noise = None if random is None else noise_like(weight, random)
-                values = (_rows(weight), _rows(gradient), _state(mean), _state(square))
-                change(*values, self.betas, rates, None if noise is None else _rows(noise))
+                change(weight, gradient, mean, square, self.betas, rates, noise)
 
     def _random(self, place: int, parameter: Tensor) -> torch.Generator | None:
         """Where the random numbers of an update come from, if it needs any."""
@@ -154,16 +183,22 @@ class LeanAdamW:
 
     def kinds(self) -> set[Kind]:
         """Of the updates that are compiled."""
-        large = [p for _, p, _ in self._places() if p.numel() >= SMALLEST_IN_8_BITS]
-        return {(p.device, p.dtype, p.numel() % BLOCK == 0, self.states, self.betas) for p in large}
+        found = set()
+        for _, parameter, _ in self._places():
+            numbers, block = distributed.own_part(parameter).numel(), self._block(parameter)
+            if numbers >= SMALLEST_IN_8_BITS:
+                width = block or (BLOCK if numbers % BLOCK == 0 else 0)
+                states = "fp32" if self.states == "int8" and not block else self.states
+                found.add((parameter.device, parameter.dtype, width, states, self.betas))
+        return found
 
     def read(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter, float32."""
+        """The states of what this process has of a parameter, float32."""
         (place,) = (place for place, each, _ in self._places() if each is parameter)
-        pairs = zip(*self.moments[place], strict=True)
+        width = self._block(parameter) or BLOCK
         return {
-            name: torch.cat([read(_state(part)).flatten() for part in parts])
-            for name, parts in zip(("means", "mean squares"), pairs, strict=True)
+            name: torch.cat([read(part).flatten() for part in _state_slices(state, width)])
+            for name, state in zip(("means", "mean squares"), self.moments[place], strict=True)
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -172,56 +207,101 @@ class LeanAdamW:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and the number of steps."""
-        moments = {place: [tuple(map(_plain, pair)) for pair in pairs] for place, pairs in self.moments.items()}
-        return {"steps": self.steps, "moments": moments}
+        """The number of steps, and states by place, shared out as their parameters are. Nothing is copied."""
+        return {
+            "steps": self.steps,
+            "moments": {
+                str(place): {
+                    name: _shown(state, parameter) for name, state in zip(_MOMENTS, self.moments[place], strict=True)
+                }
+                for place, parameter, _ in self._places()
+                if place in self.moments
+            },
+        }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What state_dict gave."""
+        """What state_dict gave, in this version or before it kept states whole."""
         self.steps = state["steps"]
-        parameters = {place: parameter for place, parameter, _ in self._places()}
-        for place, pairs in state["moments"].items():
-            self.moments[place] = self._zeros(parameters[place])
-            for into, values in zip(self.moments[place], pairs, strict=True):
-                for tensor, value in zip(into, values, strict=True):
-                    _restore(tensor, value)
+        for place, parameter, _ in self._places():
+            found = state["moments"].get(str(place), state["moments"].get(place))
+            if not found:
+                self.moments.pop(place, None)
+                continue
+            if place not in self.moments:
+                self.moments[place] = self._zeros(parameter)
+            if isinstance(found, list):
+                self._load_slices(place, parameter, found)
+                continue
+            for into, name in zip(self.moments[place], _MOMENTS, strict=True):
+                _restore(into, found[name])
+
+    def _load_slices(self, place: int, parameter: Tensor, slices: list[tuple[Any, Any]]) -> None:
+        """From flat slices, 8-bit ones in blocks of BLOCK whatever the rows: so they were in checkpoints once."""
+        if distributed.processes() > 1:
+            raise BadRun(
+                "the newest checkpoint's optimizer states are of an earlier version, which one process alone can read; "
+                "resume in one process up to its next checkpoint"
+            )
+        width = self._block(parameter) or BLOCK
+        for into, values, signed in zip(self.moments[place], zip(*slices, strict=True), (True, False), strict=True):
+            for part, value in zip(_state_slices(into, width), values, strict=True):
+                like = part.codes if isinstance(part, EightBits) else part
+                if not isinstance(value, dict):
+                    write(part, value.to(like.device).view_as(like))
+                    continue
+                codes, scale = value["codes"].to(like.device).view(-1, BLOCK), value["scale"].to(like.device)
+                if isinstance(part, EightBits) and width == BLOCK:
+                    part.codes.copy_(codes)
+                    part.scale_R.copy_(scale)
+                else:
+                    write(part, read(EightBits(codes, scale, _table(signed, like.device))).view_as(like))
 
 
 def eight_bits() -> Any:
-    """The tensor class of 8-bit states. Raises BadOption without torchao."""
+    """torchao's function that gives the values of 8-bit codes. Raises BadOption without torchao."""
     try:
-        from torchao.optim.subclass_8bit import OptimState8bit
+        from torchao.optim.quant_utils import create_dynamic_map
     except ImportError as error:
         raise BadOption(f"optimizer_states: int8 needs torchao ({error}): {_INSTALL}, or use bf16") from error
-    return OptimState8bit
+    return create_dynamic_map
 
 
-def _slices(x: Tensor) -> tuple[Tensor, ...]:
-    """The values that are on this device, some at a time; views where they lie in order."""
-    here: Tensor = x.to_local() if hasattr(x, "to_local") else x
-    return here.reshape(-1).split(_SLICE)  # type: ignore[no-any-return]
+@cache
+def _table(signed: bool, device: torch.device) -> Tensor:
+    """The value of each 8-bit code."""
+    return torch.tensor(eight_bits()(signed), dtype=torch.float32, device=device)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Values in rows of BLOCK, where that divides their number."""
-    return x.view(-1, BLOCK) if len(x) % BLOCK == 0 else x
+def _slices(x: Tensor, width: int) -> list[Tensor]:
+    """Some of the values at a time, in rows of `width` where that divides their number; views where in order."""
+    parts = x.reshape(-1).split(_SLICE) if x.numel() else ()
+    return [part.view(-1, width) if len(part) % width == 0 else part for part in parts]
 
 
-def _state(state: Any) -> State:
-    """What an update takes, its values in rows."""
-    return EightBits(_rows(state.codes), state.scale, state.qmap) if hasattr(state, "codes") else _rows(state)
+def _state_slices(state: State, width: int) -> list[State]:
+    """As _slices; of an 8-bit state, rows are its blocks."""
+    if not isinstance(state, EightBits):
+        return [*_slices(state, width)]
+    parts = _slices(state.codes, width)
+    scales = state.scale_R.reshape(-1).split(_SLICE // width) if parts else ()
+    return [EightBits(codes, scale, state.table) for codes, scale in zip(parts, scales, strict=True)]
 
 
-def _plain(state: Any) -> Any:
-    return {"codes": state.codes, "scale": state.scale} if hasattr(state, "codes") else state
+def _shown(state: State, parameter: Tensor) -> Any:
+    """As a checkpoint has it."""
+    if isinstance(state, EightBits):
+        return {"codes": _shown(state.codes, parameter), "scale": _shown(state.scale_R, parameter)}
+    return distributed.as_part(state, parameter)
 
 
-def _restore(state: Any, value: Any) -> None:
-    if isinstance(value, dict):
-        state.codes.copy_(value["codes"])
-        state.scale.copy_(value["scale"])
+def _restore(state: State, value: Any) -> None:
+    """The opposite of _shown."""
+    if isinstance(state, EightBits):
+        _restore(state.codes, value["codes"])
+        _restore(state.scale_R, value["scale"])
     else:
-        state.copy_(value)
+        state.copy_(distributed.own_part(value))
 
 
 def narrow_weights(student: nn.Module) -> None:

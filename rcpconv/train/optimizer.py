@@ -106,7 +106,17 @@ def _single(parts: list[tuple[Callable[..., Any], list[_Group]]]) -> Iterator[tu
 
 @torch.no_grad()
 def make_state(optimizer: torch.optim.Optimizer | LeanAdamW | Together) -> None:
-    """Have an optimizer without state make it, by an update that changes nothing."""
+    """Have an optimizer without state make it. torch's do so in an update, here one that changes nothing.
+
+    One after another, for where each parameter has its own, memory may not suffice for all gradients.
+    """
+    if isinstance(optimizer, Together):
+        for each in optimizer.optimizers:
+            make_state(each)
+        return
+    if isinstance(optimizer, LeanAdamW):
+        optimizer.make_state()
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -3,7 +3,7 @@
 8-bit states are torchao's: its table of values, its scales of blocks, its rounding. Numbers that change from step to
 step come as tensors, so that nothing is compiled twice. Knows nothing of optimizers, steps or seeds.
 
-Shape suffixes: R rows of BLOCK values, or of one value where their number is no multiple of BLOCK.
+Shape suffixes: R rows of a block's values, or of one value where their number is no multiple of BLOCK.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Values that share the scale of an 8-bit state."""
+"""Values that share the scale of an 8-bit state, at most."""
 _EPS = 1e-8
 _LOWER_BITS = 16
 """Of a float32 value, that bfloat16 has not."""
@@ -85,7 +85,7 @@ def write(state: State, values: Tensor) -> None:
         return
     from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
 
-    scaled, scale_R = scale_tensor(values, BLOCK)
+    scaled, scale_R = scale_tensor(values, values.shape[-1])
     state.codes.copy_(quantize_8bit_with_qmap(scaled, state.table))
     state.scale_R.copy_(scale_R)
 

@@ -246,6 +246,88 @@ def test_another_number_of_processes_goes_on(
     assert figures(folder) == pytest.approx(figures(whole.folder), rel=2e-3)
 
 
+LATE: dict[str, Any] = {"activations_from": 0.8}
+"""Clips learn after the stop alone: until then they have no optimizer states."""
+NARROW: dict[str, Any] = {"master_weights": "bf16", "optimizer_states": "bf16"}
+RESUMED: dict[str, dict[str, Any]] = {
+    "late": LATE,
+    "mean": {"ema": 0.9, "loss": "cakld", "lr_scale": "relative"},
+    "bf16": {"optimizer_states": "bf16"},
+    "int8": {"optimizer_states": "int8"},
+    "bf16 and a mean": {"optimizer_states": "bf16", "ema": 0.9},
+    "bf16 weights": {"master_weights": "bf16"},
+    "bf16 weights, int8": {"master_weights": "bf16", "optimizer_states": "int8", "tables": "two"},
+    "early": LATE | {"step_in_backward": "on"},
+    "all early": SMALLER | LATE | {"step_in_backward": "on", "optimizer_states": "int8"},
+    "narrow early": NARROW | LATE | {"step_in_backward": "on"},
+    "muon": {"optimizer": "muon", "lr": 1e-4},
+    "early muon": {"optimizer": "muon", "lr": 1e-4, "step_in_backward": "on"},
+}
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("narrow early", (2, 2)),
+        ("bf16", (2, 3)),
+        ("bf16", (1, 2)),
+        *(slow(name, counts) for name in RESUMED for counts in ((2, 2), (2, 1), (1, 2), (2, 3), (3, 2))),
+    ],
+)
+def test_every_kind_of_states_goes_on(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, counts: tuple[int, int]
+) -> None:
+    """In as many processes to the same bytes, in others to nearly the same figures.
+
+    There, bf16 weights are rounded to nearest, for random numbers are others in each process, and Muon's updates are
+    computed in bfloat16.
+    """
+    settings = {"batch_size": 6, "grad_accum": 1, "steps": 4, "checkpoint_every": 0} | RESUMED[name]
+    if "int8" in settings.values():
+        pytest.importorskip("torchao", reason="the extra low-memory is not installed")
+    if counts[0] != counts[1]:
+        monkeypatch.setattr(LeanAdamW, "_random", lambda *_: None)
+    whole = train(counts[0], name="whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("rcpconv.train.loop.rate_factor", stop_at(1))
+        folder = train(counts[0], **settings)
+    train(counts[1])
+    rough = 1e-2 if "bf16" in settings.values() or "muon" in settings.values() else 2e-3
+    assert figures(folder) == pytest.approx(figures(whole), rel=rough)
+    if counts[0] == counts[1]:
+        assert figures(folder) == figures(whole)
+        for file in ("baked.safetensors", "weights.sha256.json"):
+            assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("contents", [("weights", "weights"), ("all", "weights"), ("weights", "all")])
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+def test_contents_of_checkpoints_may_change(
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    states: str,
+    contents: tuple[str, str],
+    counts: tuple[int, int],
+) -> None:
+    """A checkpoint of weights alone begins with new states, in any number of processes as in one."""
+    settings = {"batch_size": 6, "grad_accum": 1, "steps": 5, "checkpoint_every": 0, "optimizer_states": states} | LATE
+
+    def resumed(name: str, before: str, after: str, counts: tuple[int, int]) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr("rcpconv.train.loop.rate_factor", stop_at(2))
+            train(counts[0], name=name, **settings, checkpoint_contents=before)
+        return train(counts[1], name=name, checkpoint_contents=after)
+
+    expected = figures(resumed("one", contents[0], contents[0], (1, 1)))
+    assert figures(resumed("run", *contents, counts)) == pytest.approx(expected, rel=2e-3)
+
+
 def test_muon_goes_on_in_one_process(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its updates are computed in bfloat16: in another order they are others by percents, and so are the losses."""
     settings = {"optimizer": "muon", "lr": 1e-4, "steps": 5, "checkpoint_every": 0}
@@ -278,7 +360,7 @@ def test_a_damaged_part_of_a_checkpoint_is_named(tmp_path: Path, monkeypatch: py
         for step in range(3):
             checkpoints.save(run, step, {"weight": torch.full((5,), step), "counters": {"step": step}}, keep=2)
 
-    def like() -> dict[str, Any]:
+    def like(_: object) -> dict[str, Any]:
         return {"weight": torch.zeros(5, dtype=torch.long), "counters": {"step": 0}}
 
     newest = checkpoints.newest(run)
@@ -291,6 +373,10 @@ def test_a_damaged_part_of_a_checkpoint_is_named(tmp_path: Path, monkeypatch: py
     next(newest.glob("*.distcp")).unlink()
     with pytest.raises(BadRun, match=r"step-0000002: cannot be read \(.*distcp.*delete it to resume"):
         checkpoints.load(newest, like)
+    for damaged in (b"", b"no pickle", (newest / ".metadata").read_bytes()[:-40]):
+        (newest / ".metadata").write_bytes(damaged)
+        with pytest.raises(BadRun, match=r"step-0000002: cannot be read \(.*delete it to resume"):
+            checkpoints.load(newest, like)
 
 
 @pytest.mark.parametrize("settings", [{}, SMALLER])

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadOption
+from rcpconv.errors import BadOption, BadRun
 from rcpconv.export import export
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
@@ -21,7 +21,7 @@ from rcpconv.train.losses import Distillation, distill
 from rcpconv.train.memory import LeanAdamW, StepInBackward, int8_teacher, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, set_rates
 from rcpconv.train.progress import read_metrics
-from rcpconv.train.update import noise_like, stochastic_bfloat16
+from rcpconv.train.update import BLOCK, EightBits, noise_like, stochastic_bfloat16, write
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
@@ -153,6 +153,68 @@ def test_small_states_update_nearly_as_float32_ones(states: str, far: float) -> 
             optimizer.step()
         found.append(torch.cat([p.detach().flatten() for p in parameters]))
     assert (found[1] - found[0]).norm() < far * found[0].norm()
+
+
+def stepped(shapes: list[tuple[int, int]], states: str) -> LeanAdamW:
+    """After some updates."""
+    random = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = LeanAdamW([{"params": parameters, "lr": 1.0, "weight_decay": 0.0}], (0.9, 0.95), states, seed=0)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=random)
+        optimizer.step()
+    return optimizer
+
+
+def test_blocks_of_8_bit_states_lie_within_rows() -> None:
+    pytest.importorskip("torchao")
+    optimizer = stepped([(16, 512), (30, 192), (512, 24), (16, 64)], "int8")
+    means = [each["mean"] for each in optimizer.state_dict()["moments"].values()]
+    assert [tuple(each["scale"].shape) for each in means[:2]] == [(16, 2), (30, 3)]
+    assert [each.dtype for each in means[2:]] == [torch.float32] * 2, "blocks of 8 values; and too few values"
+
+
+def flat_slices(optimizer: LeanAdamW, size: int) -> dict[str, Any]:
+    """state_dict as it was once: flat slices, and 8-bit ones in blocks of 256 whatever the rows."""
+
+    def old(values: torch.Tensor, state: Any) -> list[Any]:
+        parts = values.split(size)
+        if not isinstance(state, EightBits):
+            return [part.to(state.dtype) for part in parts]
+        states = [
+            EightBits(torch.zeros(n, BLOCK, dtype=torch.uint8), torch.zeros(n), state.table)
+            for n in (len(part) // BLOCK for part in parts)
+        ]
+        for each, part in zip(states, parts, strict=True):
+            write(each, part.view(-1, BLOCK))
+        return [{"codes": each.codes.flatten(), "scale": each.scale_R} for each in states]
+
+    moments = {}
+    for place, p in enumerate(optimizer.param_groups[0]["params"]):
+        values = optimizer.read(p).values()
+        pairs = zip(*(old(*each) for each in zip(values, optimizer.moments[place], strict=True)), strict=True)
+        moments[place] = list(pairs)
+    return {"steps": optimizer.steps, "moments": moments}
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "int8"])
+def test_states_as_they_were_once_written_are_read_by_one_process(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if states == "int8":
+        pytest.importorskip("torchao")
+    monkeypatch.setattr("rcpconv.train.memory._SLICE", 4096)
+    optimizer = stepped([(32, 256), (64, 192)], states)
+    other = LeanAdamW(optimizer.param_groups, (0.9, 0.95), states, seed=0)
+    old = flat_slices(optimizer, 4096)
+    other.load_state_dict(old)
+    assert other.steps == 3
+    for p in optimizer.param_groups[0]["params"]:
+        for name, expected in optimizer.read(p).items():
+            near = 0.03 * float(expected.abs().max()) if states == "int8" else 0.0
+            torch.testing.assert_close(other.read(p)[name], expected, rtol=0, atol=near)
+    monkeypatch.setattr("rcpconv.distributed.processes", lambda: 2)
+    with pytest.raises(BadRun, match="resume in one process"):
+        other.load_state_dict(old)
 
 
 def test_weights_are_rounded_to_bfloat16_with_the_right_mean() -> None:

@@ -35,10 +35,14 @@ def lean(parameters: list[torch.nn.Parameter], states: str, compiled: bool) -> L
     return LeanAdamW(groups, (0.9, 0.95), states, seed=7, compiled=compiled)
 
 
+def shape(numbers: int) -> tuple[int, ...]:
+    return (numbers // BLOCK, BLOCK) if numbers % BLOCK == 0 else (numbers,)
+
+
 def trained(states: str, dtype: torch.dtype, compiled: bool, resumed: bool = False) -> tuple[list[torch.Tensor], Any]:
     """Parameters and states after a few updates at other rates. resumed: with a new optimizer in the middle."""
     random = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(n, generator=random).to(dtype)) for n in SIZES]
+    parameters = [torch.nn.Parameter(torch.randn(shape(n), generator=random).to(dtype)) for n in SIZES]
     optimizer = lean(parameters, states, compiled)
     for step in range(STEPS):
         if resumed and step == STEPS // 2:
@@ -76,7 +80,7 @@ def test_compiled_updates_are_the_eager_ones_and_compiled_once(
         monkeypatch.setattr(update, "_compiled", lambda: compiler)
     eager, eager_states = trained(states, dtype, compiled=False)
     graphs, kernels = counters["stats"]["unique_graphs"], metrics.generated_kernel_count
-    optimizer = lean([torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in SIZES], states, compiled=True)
+    optimizer = lean([torch.nn.Parameter(torch.zeros(shape(n), dtype=dtype)) for n in SIZES], states, compiled=True)
     _, code = run_and_get_code(compile_updates, [optimizer])  # as a training does, before its first step
     compiled, compiled_states = trained(states, dtype, compiled=True)
     assert counters["stats"]["unique_graphs"] == graphs + 1
