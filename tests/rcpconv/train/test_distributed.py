@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+import rcpconv.__main__
 import rcpconv.quantize
 from rcpconv import distributed
 from rcpconv import plan as planning
@@ -476,3 +477,22 @@ def test_a_killed_process_ends_the_job_and_is_named(checkpoint: Path, text: Path
     said = (tmp_path / "log").read_text()
     assert f"{ProcessDied.__name__}: process 1 of 2 was ended by SIGKILL" in said, said
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("processes", "code", "ends"), [("2", 0, True), ("2", None, True), ("2", 1, False), ("1", 0, False)]
+)
+def test_one_of_several_processes_ends_without_taking_down_threads(
+    monkeypatch: pytest.MonkeyPatch, processes: str, code: int | None, ends: bool
+) -> None:
+    ended: list[int] = []
+
+    def main(prog_name: str) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(rcpconv.__main__, "main", main)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit):  # what follows an _exit that does nothing
+        rcpconv.__main__.run()
+    assert ended == [0] * ends
