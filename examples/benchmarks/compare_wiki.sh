@@ -8,7 +8,7 @@
 # there is no such file either, this is the first call. OUT gets state.tar (results without run folders and tokens:
 # under a megabyte, or 8 MB where text was sampled), compare.md and compare.json, and in the end compare.png. "over" in the
 # last lines means: call again, with the same options. PY is the Python to use, MINUTES what compare may take, JOBS how
-# many trainings there are side by side (four a GPU).
+# many trainings there are side by side (six a GPU).
 #
 # ONLY says which variants: the trained methods and what is not trained where it is not given, all where it is "all".
 # A comparison of methods that is over may be gone on with as one of all.
@@ -17,18 +17,16 @@
 # rate, falling to 0 in a line, activation clips from 0.8), which are the best recipe measured for ldp, in steps of 8
 # sequences, and is swept over the same three rates around the best one of that recipe, 6e-4.
 #
-# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29): 105,000 to
-# 139,000 tokens/s in each of four processes a GPU, 310 to 330 s a training, 30 to 50 s of them start and compilation.
-# Measuring (text kept back, held-out) is taken as 25 s. Not measured as a whole.
+# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29): a GPU trains
+# 585,000 tokens/s in all, whether four, six or more share it; 30 to 50 s are start and compilation, and measuring (text
+# kept back, held-out) takes 25 to 35 s. Not measured as a whole.
 #
-#   phase                                 seconds a training    one GPU, 4 at a time         two GPUs, 8 at a time
-#   sweep: 3 × 8 M, 8 trained methods     65 + 5, + 40 once     24: 2 · 250 = 500            24: 250
-#   final: 33 M, one seed                 330 + 25              8: 2 · 355                   8: 355
-#   two more seeds of the best two        330 + 25              4: 355                       4: 355
-#   calls of 9 minutes, 30 s of start     30 a call             4 or 5: sweep, 4 + 4         3: sweep, finals, seeds
-#                                                               finals, seeds
-#   14 ablations after that, more calls   42 · 70 + 14 · 40,    6: sweep 2, finals 4         3: sweep 1, finals 2
-#                                         14 · 355 in all
+#   phase                            tokens      one GPU, 6 at a time      two GPUs, 12 at a time
+#   sweep: 24 of 8 M                 192 M       330 s + 4 starts          165 s + 2
+#   final: 8 of 33 M, one seed       264 M       450 s + 2                 225 s + 1
+#   two more seeds of the best two   132 M       225 s + 1                 115 s + 1
+#   in calls of 9 minutes                        4                         2 or 3
+#   14 ablations after that          800 M       1,370 s, 4 calls          690 s, 2 calls
 #
 # Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail
@@ -47,7 +45,7 @@ gpus=$($py -c 'import torch; print(torch.cuda.device_count())')
 status=0
 $py -m rcpconv compare "$model" --out "$work/comparison" --data "$train" --text "$heldout" \
     --set seq-len=1024 --set step-sequences=8 --lr-grid 3e-4,6e-4,1.2e-3 ${only[@]+"${only[@]}"} \
-    --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs "${JOBS:-$((4 * (gpus > 0 ? gpus : 1)))}" \
+    --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs "${JOBS:-$((6 * (gpus > 0 ? gpus : 1)))}" \
     --minutes "${MINUTES:-8.7}" "$@" || status=$?
 # Also after an error: what is finished is worth keeping.
 [ -e "$work/comparison" ] || exit $status

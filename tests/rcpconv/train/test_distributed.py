@@ -193,6 +193,7 @@ def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> Non
     "settings",
     [
         {"lr_scale": "relative", "grad_checkpointing": "on", "rotation_steps": 1},
+        {"resample": 0.3, "resample_after": 0},
         SMALLER | EARLY,
         SMALLER | {"compile": "on", "lr_scale": "relative", "tables": "two"},
     ],
