@@ -117,7 +117,7 @@ resume() {
 gpus() {
     checkpoint "$1" || return
     timed "$py" $here/measure_gpus.py "$models/$1" demo --out "$work/gpus-${1##*/}.json" --gpus "$2" --sequences "$3" \
-        --set steps="$4" --set seq_len="$SEQ" --limit 200
+        --set steps="$4" --set seq_len="$SEQ" --limit 200 --plot "$work/gpus-${1##*/}.png"
 }
 export -f timed checkpoint chain steps_0 measured resume gpus
 

@@ -112,10 +112,36 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Losses by step, and how far they are from the first training's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = next(iter(found["runs"].values()))["losses"]
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
+    for name, row in found["runs"].items():
+        steps = range(1, len(row["losses"]) + 1)
+        above.plot(steps, row["losses"], label=name, alpha=0.8)
+        below.plot(steps, [100 * (x / y - 1) for x, y in zip(row["losses"], first, strict=True)], label=name, alpha=0.8)
+    above.set_ylabel("loss, nats")
+    above.set_yscale("log")
+    above.set_title(f"{found['model']}, {found['sequences']} sequences a step")
+    above.legend()
+    below.set_ylabel("difference from the first, %")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 @click.command(help=(__doc__ or "").split("\n")[0])
 @click.argument("model")
 @click.argument("text")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the losses into this PNG file.")
 @click.option("--gpus", default="1,2", show_default=True, help="Numbers to compare, all with the first.")
 @click.option("--sequences", type=click.IntRange(1), default=8, show_default=True, help="Of a step.")
 @click.option("--resume", is_flag=True, help="Stop a training halfway, and go on with the first number of GPUs.")
@@ -126,6 +152,7 @@ def main(
     model: str,
     text: str,
     out: Path,
+    plot: Path | None,
     gpus: str,
     sequences: int,
     resume: bool,
@@ -171,6 +198,8 @@ def main(
             keep(trainings.stopped(max(counts), steps // 2, counts[0]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if plot is not None:
+        draw(found, plot)
 
 
 if __name__ == "__main__":
