@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from rcpconv.config import SELF, QuantizeConfig
 from rcpconv.train.losses import chunk_logits
+from rcpconv.train.update import eight_bit_bytes
 from rcpformat import spec
 from rcpformat.architecture import Architecture, Quantization
 
@@ -129,6 +130,21 @@ def _state_bytes(config: QuantizeConfig) -> float:
     return _MOMENTS * _BYTES[_states(config)] + (_FLOAT32 if config.ema else 0)
 
 
+def _optimizer_bytes(config: QuantizeConfig, architecture: Architecture, quantization: Quantization) -> float:
+    """Of all states and the running mean. 8-bit ones have blocks within the rows of a parameter, or are float32."""
+    a = architecture
+    weights, quantizers = parameters(a, quantization)
+    if _states(config) != "int8":
+        return _state_bytes(config) * (weights + quantizers)
+    tables = weights - linear_weights(a)
+    total = tables * eight_bit_bytes(a.hidden_size)
+    for name in spec.linear_names(a):
+        n, k = spec.linear_shape(a, spec.linear_kind(name))
+        groups = spec.ceil_div(k, quantization.group_of(name))
+        total += n * k * eight_bit_bytes(k) + _QUANTIZER_PARAMETERS * n * groups * eight_bit_bytes(groups)
+    return _MOMENTS * total + (_FLOAT32 if config.ema else 0) * (weights + quantizers)
+
+
 def update_bytes(config: QuantizeConfig) -> float:
     """What an update moves for a weight: its gradient, read for the norm, scaled, and read; itself; its states."""
     early, narrow, states = config.step_in_backward == "on", config.master_weights == "bf16", _states(config)
@@ -142,8 +158,11 @@ def update_bytes(config: QuantizeConfig) -> float:
 def checkpoint_bytes(config: QuantizeConfig, architecture: Architecture, quantization: Quantization) -> int:
     """Of one checkpoint of a training, on disk."""
     weights, quantizers = parameters(architecture, quantization)
-    states = _state_bytes(config) if config.checkpoint_contents == "all" else (_FLOAT32 if config.ema else 0)
-    return round(_weight_bytes(config) * weights + _FLOAT32 * quantizers + states * (weights + quantizers))
+    if config.checkpoint_contents == "all":
+        states = _optimizer_bytes(config, architecture, quantization)
+    else:
+        states = (_FLOAT32 if config.ema else 0) * (weights + quantizers)
+    return round(_weight_bytes(config) * weights + _FLOAT32 * quantizers + states)
 
 
 def _own_batches(config: QuantizeConfig, gpus: int) -> tuple[int, int]:
@@ -190,7 +209,7 @@ def memory(
         "weights": learnt * weights / gpus,
         "quantizers": _FLOAT32 * quantizers / gpus,
         "gradients": peak.gradients,
-        "optimizer": _state_bytes(config) * (weights + quantizers) / gpus,
+        "optimizer": _optimizer_bytes(config, a, quantization) / gpus,
         "original model": whole_teacher / (1 if zero_stage == 2 else gpus),
         "activations": factor * peak.activations,
         "working space": factor * peak.working + gathered,

@@ -7,7 +7,6 @@ Shape suffixes: N out-features, V rows of a table, C hidden_size, B sequences, T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,12 +20,21 @@ from rcpconv import distributed
 from rcpconv.errors import BadOption, BadRun
 from rcpconv.layers import FloatLinear, FloatTable, QuantLinear, QuantTable
 from rcpconv.quantizers.tables import int8_rows
-from rcpconv.train.update import BLOCK, EightBits, Rates, State, compiled_update, noise_like, read, update, write
+from rcpconv.train.update import (
+    BLOCK,
+    EightBits,
+    Rates,
+    State,
+    compiled_update,
+    noise_like,
+    read,
+    row_block,
+    update,
+    write,
+)
 
 SMALLEST_IN_8_BITS = 4096
 """Parameters with fewer values keep float32 states: there is nothing to gain."""
-SMALLEST_BLOCK = 16
-"""Of values that share a scale in 8 bits; in smaller ones scales would take too much."""
 _SLICE = 1 << 24
 """Values that are updated at a time, a multiple of BLOCK: what an update needs beside its states is bounded by it."""
 _CLIP_EPS = 1e-6
@@ -128,8 +136,7 @@ class LeanAdamW:
         """How many values share a scale; 0 where states are not in 8 bits."""
         if self.states != "int8" or parameter.ndim < 2 or parameter.numel() < SMALLEST_IN_8_BITS:
             return 0
-        block = math.gcd(parameter.shape[-1], BLOCK)
-        return block if block >= SMALLEST_BLOCK else 0
+        return row_block(parameter.shape[-1])
 
     def _zeros(self, like: Tensor) -> tuple[State, State]:
         shape, device, block = distributed.own_part(like).shape, like.device, self._block(like)

@@ -8,6 +8,7 @@ Shape suffixes: R rows of a block's values, or of one value where their number i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -15,11 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 256
-"""Values that share the scale of an 8-bit state, at most."""
+BLOCK, SMALLEST_BLOCK = 256, 16
+"""Values that share the scale of an 8-bit state, at most and at least; in smaller blocks scales would take too much."""
 _EPS = 1e-8
 _LOWER_BITS = 16
 """Of a float32 value, that bfloat16 has not."""
+
+
+def row_block(row: int) -> int:
+    """How many values of a row of so many share a scale, so that no block is of two rows; 0 where too few would."""
+    block = math.gcd(row, BLOCK)
+    return block if block >= SMALLEST_BLOCK else 0
+
+
+def eight_bit_bytes(row: int) -> float:
+    """Of a value of an 8-bit state, with its scale; of float32 where a row has no blocks."""
+    block = row_block(row)
+    return 1 + 4 / block if block else 4.0
 
 
 class EightBits(NamedTuple):
