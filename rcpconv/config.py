@@ -228,7 +228,8 @@ class QuantizeConfig:
         type=int,
         low=0,
         group=DATA,
-        help="How often a text is trained on as it is before --resample changes it; 0: never.",
+        help="How often a text is trained on as it is before --resample changes it; with 0 it is changed from the "
+        "first time on.",
     )
     eval_data: str | None = _option(
         None,
@@ -486,7 +487,8 @@ class QuantizeConfig:
         type=float,
         above=0,
         group=TRAINING,
-        help="Softens the original's predictions alone, where it is surer than it should be.",
+        help="Softens the original's predictions alone, beside --temperature, where it is surer than it should be. Of "
+        "cakld, beta stays as it is without.",
     )
 
     device: str = _option("auto", group=MACHINE, help="auto, cpu, cuda or cuda:N.")

@@ -185,17 +185,18 @@ def memory(
     """Bytes of each device's memory by what they are for. kind: cpu or cuda. gpus: that weights are spread over, in the
     way of Plan.zero_stage.
 
-    At the largest: in training, or over several GPUs before it, where models are whole then. They are for settings that
+    At the largest: in training, or over several GPUs before it, where models are whole then (with what training's
+    working space and activations take, which is more than the start needs). They are for settings that
     start so (QuantizeConfig.starts_whole); and one GPU has the whole teacher where that writes texts. Otherwise layers
     are shared out as they are made, which takes less than training.
     """
     a = architecture
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     weights, quantizers = parameters(a, quantization)
-    kept, learnt = _kept_bytes(config), _weight_bytes(config)
+    learnt = _weight_bytes(config)
     layer, largest_weight = linear // a.num_layers, _largest_weight(a)
     layer_quantizers = quantizers // a.num_layers
-    teacher = _BYTES["int8"] if config.teacher_weights == "int8" else kept
+    teacher = _teacher_bytes(config)
     gathered = 0.0
     if gpus > 1:  # layers put together, and what is computed of them before it is spread
         whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
@@ -232,6 +233,11 @@ def memory(
 def _kept_bytes(config: QuantizeConfig) -> int:
     """Of a number that is multiplied by, in the forward pass and for the backward pass."""
     return _BFLOAT16 if config.precision == "bf16" else _FLOAT32
+
+
+def _teacher_bytes(config: QuantizeConfig) -> float:
+    """Of a number of the original model."""
+    return _BYTES["int8"] if config.teacher_weights == "int8" else _kept_bytes(config)
 
 
 def _largest_weight(architecture: Architecture) -> int:
@@ -308,7 +314,7 @@ def step_seconds(
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
     again = config.grad_checkpointing == "on"
-    passes = 8 + (2 if again else 0)
+    passes = 8 + (2 if again else 0) + (2 if config.resample else 0)  # which asks the teacher once more, at the most
     tokens = sequences * config.seq_len
     products = passes * tokens * (linear + table + attention) / (flops * _EFFICIENCY[kind])
     elementwise = _SECONDS_PER_SAVED_BYTE[kind] * tokens * a.num_layers * saved_bytes(a)
@@ -317,7 +323,8 @@ def step_seconds(
     computing = products + elementwise + _SECONDS_PER_WEIGHT[kind] * (linear + table)
     computing = max(computing, _SECONDS_PER_LAYER[kind] * a.num_layers)
     if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
-        passing = 2 * _weight_bytes(config) if zero_stage == 2 else 3 * _weight_bytes(config) + _BFLOAT16
+        teacher = _teacher_bytes(config) * (2 if config.resample else 1)
+        passing = 2 * _weight_bytes(config) if zero_stage == 2 else 3 * _weight_bytes(config) + teacher
         travelling = passing * linear / _LINK_BYTES
         computing = max(computing, travelling)
     updating = update_bytes(config) * (linear + table) / gpus / _UPDATE_RATE[kind]

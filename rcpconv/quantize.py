@@ -442,7 +442,7 @@ def _sharded(
     if config.compile == "on":
         assert config.batch_size is not None and config.grad_accum is not None
         own = distributed.own_sequences(0, config.batch_size, config.grad_accum)
-        tokens_BT = torch.from_numpy(sequences.batch(*own[0])).to(device)
+        tokens_BT = torch.from_numpy(sequences.batch(0, own[0][1])).to(device)  # the same for all, as the verdict is
         student, teacher = compiled_layers(student, tokens_BT, config.low_memory), compiled_layers(teacher)
     if plan.zero_stage == 2:
         return distributed.sharded(student, device, 2), teacher.whole().to(device).eval()
@@ -451,8 +451,10 @@ def _sharded(
 
 def _note_peak(run: Run, plan: Plan, console: Console) -> None:
     """Keep in run.json, and say, how much of its memory the GPU that needed most has needed so far."""
-    peak = distributed.largest(torch.cuda.max_memory_allocated())
+    peak = distributed.largest(torch.cuda.max_memory_allocated(plan.machine.device))
     if not distributed.rank():
+        before = run.record.get("peak_gpu_memory", 0)  # where the run was stopped
+        peak = max(peak, before)
         run.update(peak_gpu_memory=peak)
     each = f" on each of {plan.machine.gpus} GPUs" if plan.machine.gpus > 1 else ""
     console.print(f"peak of GPU memory: {size(peak)}{each}, {size(plan.memory_bytes)} estimated", highlight=False)

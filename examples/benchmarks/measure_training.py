@@ -98,7 +98,11 @@ def traced(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     on_device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    found = [each for each in profiler.key_averages() if each.device_type == on_device]
+    found = [
+        each
+        for each in profiler.key_averages()
+        if each.device_type == on_device and not each.key.startswith("Optimizer.step")  # a name for others
+    ]
     rows = [
         {
             "name": each.key,
@@ -399,9 +403,7 @@ def factors(results: list[dict[str, Any]]) -> Calibration:
         scaled = sum(terms[name] for name in SCALED)
         memory[kind].append((result["peak_allocated"] - (sum(terms.values()) - scaled)) / scaled)
         seconds[kind].append(result["seconds"] / estimated_seconds)
-        kept = {
-            name: result[name] for name in ("case", "tokens_per_step", "peak_allocated", "peak_reserved", "seconds")
-        }
+        kept = {name: result[name] for name in _KEPT}
         measured.append(kept | {"estimated_memory": sum(terms.values()), "estimated_seconds": estimated_seconds})
     for found in (memory, seconds):
         if not any(found.values()):

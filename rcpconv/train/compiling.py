@@ -97,12 +97,14 @@ def _compare_head(head: nn.Module, tokens_BT: Tensor, low_memory: bool) -> None:
     """Raises BadCompiler where the head, compiled, learns something else. Its input is made up."""
     assert isinstance(head, QuantTable)
     rows, columns = head.weight.shape
-    count = chunk_rows(tokens_BT.numel(), rows, tokens_BT.device, low_memory)
-    x_MC = torch.randn(count, columns, generator=torch.Generator().manual_seed(0)).to(tokens_BT.device)
-    found: dict[str, Comparison] = {}
-    for seed in range(_HEAD_LOSSES):
-        _add(found, *(_head_gradients(head, run, x, seed) for run, x in _three(head.logits, head, x_MC, seed)))
-    _refuse("head", found)
+    all_rows = tokens_BT.numel()
+    chunk = chunk_rows(all_rows, rows, tokens_BT.device, low_memory)
+    for count in {chunk, all_rows % chunk or chunk}:  # the last chunk may be smaller
+        x_MC = torch.randn(count, columns, generator=torch.Generator().manual_seed(0)).to(tokens_BT.device)
+        found: dict[str, Comparison] = {}
+        for seed in range(_HEAD_LOSSES):
+            _add(found, *(_head_gradients(head, run, x, seed) for run, x in _three(head.logits, head, x_MC, seed)))
+        _refuse("head", found)
 
 
 def _head_gradients(head: QuantTable, logits: Callable[..., Tensor], x_MC: Tensor, seed: int) -> Gradients:
@@ -114,7 +116,8 @@ def _head_gradients(head: QuantTable, logits: Callable[..., Tensor], x_MC: Tenso
     logits_MV = logits(x_MC, (weight, scale))
     generator = torch.Generator(x_MC.device).manual_seed(seed)
     logits_MV.backward(torch.randn(logits_MV.shape, generator=generator, device=x_MC.device))
-    return {"input": x_MC.grad, "weight": weight.grad}  # type: ignore[dict-item]
+    found = {"input": x_MC.grad, "weight": weight.grad}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def _refuse(where: str, comparisons: dict[str, Comparison]) -> None:

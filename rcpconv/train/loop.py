@@ -123,7 +123,7 @@ class Trainer:
                 narrow_weights(student)
             if config.compile == "on":
                 own = distributed.own_sequences(0, self.batch, self.accum)
-                compile_layers(student, teacher, self._tokens(*own[0]), config.low_memory)
+                compile_layers(student, teacher, self._tokens(0, own[0][1]), config.low_memory)
             distributed.shard(student, self.optimizer.param_groups)
             distributed.shard(teacher, [])
         if config.compile == "on":

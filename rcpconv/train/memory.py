@@ -232,7 +232,7 @@ class LeanAdamW:
         self.steps = state["steps"]
         for place, parameter, _ in self._places():
             found = state["moments"].get(str(place), state["moments"].get(place))
-            if not found:
+            if not found or (isinstance(found, dict) and {} in found.values()):  # not there, in one form or in 8 bits
                 self.moments.pop(place, None)
                 continue
             if place not in self.moments:

@@ -29,8 +29,8 @@ def places(
     The same for the same number and seed, whatever else is in the batch. From raw bits, whose stream numpy promises to
     keep.
     """
-    raw = np.stack([np.random.PCG64([seed, 1, index]).random_raw((2, seq_len)) for index in indices])
-    uniform_2BT = (raw >> 11).transpose(1, 0, 2) * 2.0**-53
+    raw = np.stack([np.random.PCG64([seed, index, 1]).random_raw((2, seq_len)) for index in indices])
+    uniform_2BT = (raw >> 40).transpose(1, 0, 2) * 2.0**-24  # exact in float32
     chosen_BT = uniform_2BT[0] < share
     chosen_BT[:, 0] = False
     return chosen_BT, uniform_2BT[1]

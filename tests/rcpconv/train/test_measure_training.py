@@ -1,5 +1,6 @@
 """examples/benchmarks/measure_training.py on a CPU: what it runs where a GPU is rented has run before."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from example_scripts import load_script
 
+ROOT = Path(__file__).parents[3]
 OPTIONS = ["--case", "demo:full", "--device", "cpu", "--steps", "1", "--set", "seq_len=16"]
 
 
@@ -45,6 +47,17 @@ def test_training_and_plain_training_are_measured(script: ModuleType, tmp_path: 
     assert {name: result["settings"][name] for name in settings} == settings
     with pytest.raises(click.ClickException, match="nothing in it was measured on a GPU"):
         script.factors([result])
+
+
+def test_the_packages_calibration_is_what_the_results_say(script: ModuleType) -> None:
+    """`measure_training.py --calibrate rcpconv/calibration.json` with these files."""
+    results = ROOT / "examples" / "benchmarks" / "results"
+    files = [results / "real-sizes-second" / f"{name}.json" for name in ("1b", "3b", "train-7b-80", "train-7b-48")]
+    files.insert(2, results / "real-sizes" / "train-7b-full.json")
+    found = script.factors([result for path in files for result in json.loads(path.read_text())])
+    assert json.loads(json.dumps(dataclasses.asdict(found))) == json.loads(
+        (ROOT / "rcpconv" / "calibration.json").read_text()
+    )
 
 
 def test_too_little_memory_is_a_result_and_no_calibration(

@@ -291,7 +291,7 @@ def test_estimated_memory_is_what_was_measured(result: dict[str, Any]) -> None:
     architecture, tied = MEASURED[result["case"].split(":")[0]]
     architecture, config = dataclasses.replace(architecture, tied_table=tied), QuantizeConfig(**settings)
     found = estimate.memory(config, architecture, planning.quantization_of(config, architecture), "cuda")
-    assert result["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.1)
+    assert result["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.06)
 
 
 def test_small_states_take_time_unless_they_are_compiled() -> None:
