@@ -182,11 +182,12 @@ class LeanAdamW:
                 change(weight, gradient, mean, square, self.betas, rates, noise)
 
     def _random(self, place: int, parameter: Tensor) -> torch.Generator | None:
-        """Where the random numbers of an update come from, if it needs any."""
+        """Where the random numbers of an update come from, if it needs any; each of several processes has its own."""
         if parameter.dtype != torch.bfloat16:
             return None
         random = torch.Generator(parameter.device)
-        return random.manual_seed((self.seed * _PRIME + place * 2**20 + self.steps) % 2**63)
+        seed = (self.seed + distributed.rank() * 2**32) * _PRIME + place * 2**20 + self.steps
+        return random.manual_seed(seed % 2**63)
 
     def kinds(self) -> set[Kind]:
         """Of the updates that are compiled."""

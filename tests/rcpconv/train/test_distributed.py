@@ -201,7 +201,7 @@ def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> Non
 def test_settings_that_change_layers_give_two_processes_the_losses_of_one(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """Narrow weights are rounded to nearest here, for other rows come first in a process, and draw other numbers.
+    """Narrow weights are rounded to nearest here, for each process has random numbers of its own.
 
     Layers alone are compiled, and run as they were traced; it takes seconds all the same.
     """
@@ -285,7 +285,7 @@ def test_every_kind_of_states_goes_on(
 ) -> None:
     """In as many processes to the same bytes, in others to nearly the same figures.
 
-    There, bf16 weights are rounded to nearest, for other rows get the same random numbers, and Muon's updates are
+    There, bf16 weights are rounded to nearest, for random numbers are others in each process, and Muon's updates are
     computed in bfloat16.
     """
     settings = {"batch_size": 6, "grad_accum": 1, "steps": 4, "checkpoint_every": 0} | RESUMED[name]
