@@ -200,7 +200,7 @@ class QuantizeConfig:
         help="At most so many tokens are sampled from the model for --data self; longer trainings repeat them.",
     )
     self_epochs: float = _option(
-        2.0,
+        2.0,  # serves the demo as well as once does, for half the sampling
         type=float,
         above=0,
         group=DATA,

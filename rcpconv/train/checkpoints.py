@@ -105,21 +105,22 @@ def load(path: Path, like: Callable[[Collection[str]], dict[str, Any]]) -> dict[
         return _parts(state, target)  # type: ignore[no-any-return]
 
 
+_UNREADABLE = (OSError, RuntimeError, ValueError, CheckpointException)
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Within, an error means that the checkpoint is damaged."""
+def _reading(path: Path, errors: tuple[type[BaseException], ...] = _UNREADABLE) -> Iterator[None]:
+    """Within, an error of these means that the checkpoint is damaged."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+    except errors as error:
         raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
 
 
 def _names(path: Path) -> set[str]:
     """Of all values in a folder: their keys from the outermost one on, with dots between."""
-    try:
+    with _reading(path, (Exception,)):  # it is a pickle, and damaged ones end in errors of any kind
         return set(FileSystemReader(path).read_metadata().state_dict_metadata)
-    except Exception as error:  # it is a pickle, and damaged ones end in errors of any kind
-        raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
 
 
 def _held(state: Any, names: set[str], prefix: str = "") -> Any:

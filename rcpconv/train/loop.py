@@ -1,8 +1,9 @@
 """The training loop: updates, logging, checkpoints, interruption, and what to say when it diverges.
 
-Nothing in it draws random numbers: texts are in an order fixed by the seed, and the schedule depends on the step alone.
-So a checkpoint holds parameters, optimizer state and a few counters, and a resumed run does exactly what an
-uninterrupted one of as many processes does. Knows nothing of run set-up, texts, or what happens after the last step.
+Nothing in it depends on chance: texts are in an order fixed by the seed, tokens that are drawn anew follow from the
+seed and the sequence's number (resampling.py), and the schedule depends on the step alone. So a checkpoint holds
+parameters, optimizer state and a few counters, and a resumed run does exactly what an uninterrupted one of as many
+processes does. Knows nothing of run set-up, texts, or what happens after the last step.
 
 Shape suffixes: B sequences, T positions.
 """
