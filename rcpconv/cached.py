@@ -18,22 +18,28 @@ _CACHE_BYTES = 4 << 30
 """Batches are as large as keys and values of this size allow, or a quarter of a GPU's free memory."""
 
 
+def _dtype(decoder: Decoder) -> torch.dtype:
+    """What a decoder's attention runs in, and so what its keys and values are kept in."""
+    return torch.bfloat16 if decoder.options.half else torch.float32
+
+
 def largest_batch(decoder: Decoder, length: int) -> int:
     """How many sequences of `length` tokens to run side by side."""
     a, device = decoder.architecture, decoder.inv_freq.device
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CACHE_BYTES
-    return max(1, min(_LARGEST_BATCH[device.type], room // (a.num_layers * 2 * a.kv_size * length * 4)))
+    each = a.num_layers * 2 * a.kv_size * length * _dtype(decoder).itemsize
+    return max(1, min(_LARGEST_BATCH[device.type], room // each))
 
 
 class CachedDecoder:
-    """A decoder that does not train, in float32, for `batch` sequences of at most `length` tokens."""
+    """A decoder that does not train, for `batch` sequences of at most `length` tokens."""
 
     def __init__(self, decoder: Decoder, batch: int, length: int) -> None:
         a = decoder.architecture
         self.decoder, self.position = decoder, 0
         self.cos, self.sin = decoder.rope(length)
         shape = (a.num_layers, 2, batch, a.num_kv_heads, length, a.head_dim)
-        self.keys_values = torch.empty(shape, device=decoder.inv_freq.device)
+        self.keys_values = torch.empty(shape, dtype=_dtype(decoder), device=decoder.inv_freq.device)
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """The tokens at the next position -> logits (B, V) for the one after it."""
@@ -57,10 +63,11 @@ class CachedDecoder:
         keys_BHTD[:, :, here] = attn.key_quantizer(k_BH1D)[:, :, 0]
         values_BHTD[:, :, here] = attn.value_quantizer(attn._heads(attn.v(x)))[:, :, 0]
         visible = slice(max(0, seen - attn.window) if attn.window else 0, seen)
-        y = F.scaled_dot_product_attention(
-            q_BH1D, keys_BHTD[:, :, visible], values_BHTD[:, :, visible], enable_gqa=True
-        )
-        return attn.o(attn.o_quantizer(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        keys, values = keys_BHTD[:, :, visible], values_BHTD[:, :, visible]
+        # Query heads that share keys stand where positions would, so that keys are read once, and not repeated.
+        grouped = q_BH1D.to(keys.dtype).reshape(len(q_BH1D), keys.shape[1], -1, keys.shape[3])
+        y = F.scaled_dot_product_attention(grouped, keys, values)
+        return attn.o(attn.o_quantizer(y.reshape(len(y), 1, -1).to(h_B1C.dtype)))  # type: ignore[no-any-return]
 
 
 def draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:

@@ -442,7 +442,7 @@ class QuantizeConfig:
         low=0,
         high=1,
         group=TRAINING,
-        help="Share of the steps, the last ones, in which the 2-bit layers' weights stay as they are, and levels, "
+        help="Share of the steps, the last ones, in which the 2-bit layers' weights keep their codes, and levels, "
         "clips and tables alone learn.",
     )
     pull: float = _option(

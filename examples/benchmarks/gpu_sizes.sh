@@ -6,7 +6,7 @@
 # Each part has a time limit and may fail. As soon as one is done, its output is in OUT/sizes.txt, and all outputs and
 # JSON are in OUT/results.tar.gz. Without parts: the first five, which fit into 9 minutes; name others for another call.
 # They run in the order in which they are named. Parts, with the time that each takes on H200s (measured on 2026-11-29;
-# that of the last one is thought):
+# in brackets: thought):
 #
 #     chain          a checkpoint of random weights, three steps, file, rcp-run bench, sizes    150 s
 #     steps-0        the same checkpoint without training                                      85 s
@@ -16,8 +16,9 @@
 #     1b, 3b         memory and speed with all of the memory, and of plain training              62 s, 83 s
 #     wiki           speed and profile of the small model that recipes are measured on           63 s
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
-#     gpus-1b        losses, speed and memory on one GPU and on two                            150 s
-#     gpus-7b        the same on two GPUs alone                                                170 s
+#     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                (100 s)
+#     gpus-1b        losses, speed and memory on one GPU, twice, and on two                   (185 s)
+#     gpus-7b        the same on two GPUs alone                                               (170 s)
 #
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
 # MEASURED the steps to measure. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
@@ -113,13 +114,22 @@ resume() {
     timed "$py" $here/resume_drill.py "$models/$SHAPE_1B" "$runs/resume" -- --data demo --seq-len "$SEQ" \
         --batch-size 1 --grad-accum 1 --compile off --keep-checkpoints 1 $QUANTIZE_OPTIONS
 }
-# gpus SHAPE NUMBERS SEQUENCES STEPS: one training on different numbers of GPUs.
+resume_gpus() {
+    checkpoint "$SHAPE_1B" || return
+    # shellcheck disable=SC2086
+    timed "$py" $here/resume_drill.py "$models/$SHAPE_1B" "$runs/resume-gpus" --gpus 2 --steps 6 --every 2 -- --data demo \
+        --seq-len "$SEQ" --batch-size 2 --grad-accum 1 --compile off --keep-checkpoints 1 --optimizer-states int8 \
+        --master-weights bf16 $QUANTIZE_OPTIONS
+}
+# gpus SHAPE NUMBERS SEQUENCES STEPS OPTIONS...: one training on different numbers of GPUs.
 gpus() {
     checkpoint "$1" || return
-    timed "$py" $here/measure_gpus.py "$models/$1" demo --out "$work/gpus-${1##*/}.json" --gpus "$2" --sequences "$3" \
-        --set steps="$4" --set seq_len="$SEQ" --limit 200 --plot "$work/gpus-${1##*/}.png"
+    local shape=$1 numbers=$2 sequences=$3 steps=$4
+    shift 4
+    timed "$py" $here/measure_gpus.py "$models/$shape" demo --out "$work/gpus-$shape.json" --gpus "$numbers" \
+        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --limit 200 --plot "$work/gpus-$shape.png" "$@"
 }
-export -f timed checkpoint chain steps_0 measured resume gpus
+export -f timed checkpoint chain steps_0 measured resume resume_gpus gpus
 
 rm -f "$log"
 for name in $parts; do
@@ -133,7 +143,8 @@ for name in $parts; do
         3b) part "$name" 200 bash -c 'measured 3b "$SHAPE_3B:full" --plain' ;;
         wiki) part "$name" 90 bash -c 'SEQ=1024 measured wiki wiki-llama-22m:full --set batch_size=8 --set grad_accum=1' ;;
         resume) part "$name" 240 bash -c resume ;;
-        gpus-1b) part "$name" 240 bash -c 'gpus "$SHAPE_1B" 1,2 16 8' ;;
+        resume-gpus) part "$name" 240 bash -c resume_gpus ;;
+        gpus-1b) part "$name" 280 bash -c 'gpus "$SHAPE_1B" 1,2 16 8 --yardstick' ;;
         gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac

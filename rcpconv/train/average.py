@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rcpconv.layers import QuantLinear
+from rcpconv.quantizers.base import from_groups, to_groups, widened
 
 
 class RunningMean:
@@ -53,9 +54,20 @@ class RunningMean:
 
 @torch.no_grad()
 def pull_to_levels(linear: QuantLinear, share: float) -> None:
-    """Move every weight by this share of its way to the level that it takes, as oscillation damping does.
+    """Move weights by this share of their way to the levels that they take, as oscillation damping does.
 
-    After Nagel et al., arXiv 2203.11086, decoupled from the loss as weight decay is.
+    After Nagel et al., arXiv 2203.11086, decoupled from the loss as weight decay is. Levels and codes stay as they are:
+    the smallest and largest weight of a group, which clips are shares of, are not moved, nor any weight that would take
+    another level there (`ldp-udq`). With a share of 1 they stay so while levels move a little; without, they would
+    not, for training leaves many weights next to where two levels meet.
     """
-    integers_NK, scale_N = linear.quantizer(linear.weight)
-    linear.weight.lerp_(integers_NK * scale_N[:, None], share)
+    quantizer, columns = linear.quantizer, linear.weight.shape[1]
+    grouped_NGg = to_groups(widened(linear.weight), quantizer.group_size)
+    low_NG1, high_NG1 = grouped_NGg.aminmax(dim=-1, keepdim=True)
+    levels_NG4 = quantizer.levels(grouped_NGg)
+    codes_NGg = quantizer.codes(grouped_NGg, levels_NG4)
+    level_NGg = levels_NG4.gather(-1, codes_NGg.long()).clamp(low_NG1, high_NG1)
+    pulled_NGg = grouped_NGg.lerp(level_NGg, share)
+    moves_NGg = (grouped_NGg > low_NG1) & (grouped_NGg < high_NG1)
+    moves_NGg &= quantizer.codes(pulled_NGg, levels_NG4) == codes_NGg
+    linear.weight.copy_(from_groups(torch.where(moves_NGg, pulled_NGg, grouped_NGg), columns))

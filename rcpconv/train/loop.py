@@ -109,7 +109,12 @@ class Trainer:
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
         self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
-        alone = {"pull": config.pull, "progressive_bits": self.two_bits_from and config.progressive_bits}
+        self.frozen_from = math.ceil((1 - config.freeze) * steps)
+        alone = {
+            "pull": config.pull,
+            "freeze": config.freeze,
+            "progressive_bits": self.two_bits_from and config.progressive_bits,
+        }
         for name, value in alone.items():
             if value and distributed.processes() > 1:
                 raise BadOption(f"{name}: {value:g} is for a training in one process")
@@ -176,6 +181,13 @@ class Trainer:
         if self.mean is not None:
             self.mean.load(self.parameters)
         self.counters.smoothed_loss, self.counters.lowest_loss = None, math.inf
+
+    def _hold_codes(self) -> None:
+        """Move weights to where they keep their codes while levels alone learn."""
+        for linear in self.linears:
+            pull_to_levels(linear, 1.0)
+        if self.mean is not None:
+            self.mean.load(self.parameters)
 
     def _state(self, states: bool) -> dict[str, Any]:
         """All that a checkpoint holds. states: with the optimizer's."""
@@ -307,12 +319,14 @@ class Trainer:
     def _update(self, loss: Loss) -> None:
         counters = self.counters
         c = self.config
-        frozen = counters.step >= (1 - c.freeze) * self.steps
+        frozen = counters.step >= self.frozen_from
         set_rates(self.optimizer, rate_factor(counters.step, self.steps, c.warmup, c.lr_floor, c.schedule), frozen)
         self._quantize_activations(counters.step >= math.floor(c.activations_from * self.steps))
         self._round_weights(c.progressive_bits if counters.step < self.two_bits_from else WEIGHT_BITS)
         if self.two_bits_from and counters.step == self.two_bits_from:
             self._begin_two_bits()
+        if counters.step == self.frozen_from:
+            self._hold_codes()
         totals = torch.zeros(2, device=self.device)
         if self.stepping is not None:
             self.stepping.previous = counters.norm

@@ -10,6 +10,7 @@ from rcpconv import cached
 from rcpconv.baking import baked_decoder
 from rcpconv.cached import CachedDecoder, draw
 from rcpconv.checkpoint import load_source
+from rcpconv.layers import ComputeOptions
 from rcpconv.prepare import original_decoder
 from rcpconv.train.sampling import sample
 from rcpformat.architecture import TokenizerInfo
@@ -24,7 +25,8 @@ def test_one_position_at_a_time_gives_the_same_logits(tmp_path: Path, kind: str)
     teacher = original_decoder(run.source())
     baked = baked_decoder(run.architecture, run.quantization, run.tensor)
     tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(0))
-    for decoder, tolerance in ((teacher, 1e-4), (baked, 0.05)):
+    half = original_decoder(run.source(), torch.bfloat16, ComputeOptions(half=True))
+    for decoder, tolerance in ((teacher, 1e-4), (half, 0.05), (baked, 0.05)):
         with torch.inference_mode():
             one_by_one = CachedDecoder(decoder, 3, 20)
             found = torch.stack([one_by_one.step(tokens[:, t]) for t in range(20)], dim=1)
