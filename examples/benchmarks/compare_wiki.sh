@@ -13,20 +13,22 @@
 # ONLY says which variants: the trained methods and what is not trained where it is not given, all where it is "all".
 # A comparison of methods that is over may be gone on with as one of all.
 #
-# Every variant has quantize's defaults (rcpconv/recipes/default.toml: KL, quantizers and clips at five times the weights'
-# rate, falling to 0 in a line, activation clips from 0.8), which are the best recipe measured for ldp, in steps of 8
-# sequences, and is swept over the same three rates around the best one of that recipe, 6e-4.
+# Every variant has quantize's defaults (rcpconv/recipes/default.toml: KL and a tenth of cross-entropy, 15% of the tokens of
+# repeated text drawn anew, quantizers and clips at 2.5 times the weights' rate, falling to 0 in a line, activation clips
+# from 0.8), which are the best recipe measured for ldp, in steps of 8 sequences, and is swept over the same three rates: the
+# best one of that recipe, 4e-4, and two above it, which seq was better with.
 #
 # Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29): a GPU trains
 # 585,000 tokens/s in all, whether four, six or more share it; 30 to 50 s are start and compilation, and measuring (text
-# kept back, held-out) takes 25 to 35 s. Not measured as a whole.
+# kept back, held-out) takes 25 to 35 s. Tokens drawn anew, from a text's second time on, cost a sixth more. Not measured as
+# a whole.
 #
 #   phase                            tokens      one GPU, 6 at a time      two GPUs, 12 at a time
 #   sweep: 24 of 8 M                 192 M       330 s + 4 starts          165 s + 2
 #   final: 8 of 33 M, one seed       264 M       450 s + 2                 225 s + 1
 #   two more seeds of the best two   132 M       225 s + 1                 115 s + 1
 #   in calls of 9 minutes                        4                         2 or 3
-#   14 ablations after that          800 M       1,370 s, 4 calls          690 s, 2 calls
+#   18 ablations after that          594 M       1,190 s, 4 calls          600 s, 2 calls
 #
 # Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail
@@ -38,13 +40,13 @@ if [ ! -e "$work/comparison" ] && [ -e "$state" ]; then
     tar -xf "$state" -C "$work"
 fi
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/compiled}"
-methods=ldp,ldp-udq,lc,uniform,uniform-kl,uniform-no-rotations,seq,r2q,rtn,ldp-untrained
+methods=ldp,ldp-udq,lc,uniform,uniform-mix,uniform-no-rotations,seq,r2q,rtn,ldp-untrained
 only=(--only "${ONLY:-$methods}")
 [ "${ONLY:-}" != all ] || only=()
 gpus=$($py -c 'import torch; print(torch.cuda.device_count())')
 status=0
 $py -m rcpconv compare "$model" --out "$work/comparison" --data "$train" --text "$heldout" \
-    --set seq-len=1024 --set step-sequences=8 --lr-grid 3e-4,6e-4,1.2e-3 ${only[@]+"${only[@]}"} \
+    --set seq-len=1024 --set step-sequences=8 --lr-grid 4e-4,7e-4,1.2e-3 ${only[@]+"${only[@]}"} \
     --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs "${JOBS:-$((6 * (gpus > 0 ? gpus : 1)))}" \
     --minutes "${MINUTES:-8.7}" "$@" || status=$?
 # Also after an error: what is finished is worth keeping.

@@ -141,7 +141,7 @@ def test_what_is_left(finished: Path) -> None:
     assert f"Best method: {best['variant']} {mean:.3f} ± {sd:.3f} (2 seeds; rates " in text
     assert f"Best other method, each at the best of the same grid of rates: {other['variant']} " in text
     assert [found["variants"] for found in summary["methods"]] == [[best["variant"]], [other["variant"]]]
-    assert "follows from the weights': 5 times for quantizers and 5 times for clips" in text
+    assert "follows from the weights': 2.5 times for quantizers and 2.5 times for clips" in text
     assert summary["verdict"] in text
     for part in (
         "0.0001, 0.001",

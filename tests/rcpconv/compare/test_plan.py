@@ -59,8 +59,8 @@ def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
 def test_ablations_are_not_another_method(tmp_path: Path) -> None:
     _, variants = plan.read_variants(None)
     whole = comparison(variants=variants)
-    methods = {name: whole.method(name) for name in ("ldp", "ldp-udq", "lc", "ldp-mix", "uniform-no-rotations", "seq")}
-    assert methods == dict.fromkeys(("ldp", "ldp-udq", "lc", "ldp-mix"), "ldp") | {
+    methods = {name: whole.method(name) for name in ("ldp", "ldp-udq", "lc", "ldp-kl", "uniform-no-rotations", "seq")}
+    assert methods == dict.fromkeys(("ldp", "ldp-udq", "lc", "ldp-kl"), "ldp") | {
         "uniform-no-rotations": "uniform",
         "seq": "seq",
     }
