@@ -16,8 +16,8 @@
 #     1b, 3b         memory and speed with all of the memory, and of plain training              62 s, 83 s
 #     wiki           speed and profile of the small model that recipes are measured on           63 s
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
-#     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                (100 s)
-#     gpus-1b        losses, speed and memory on one GPU, twice, and on two                   (185 s)
+#     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                 172 s
+#     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences      (300 s)
 #     gpus-7b        the same on two GPUs alone                                               (170 s)
 #
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
@@ -144,7 +144,7 @@ for name in $parts; do
         wiki) part "$name" 90 bash -c 'SEQ=1024 measured wiki wiki-llama-22m:full --set batch_size=8 --set grad_accum=1' ;;
         resume) part "$name" 240 bash -c resume ;;
         resume-gpus) part "$name" 240 bash -c resume_gpus ;;
-        gpus-1b) part "$name" 280 bash -c 'gpus "$SHAPE_1B" 1,2 16 8 --yardstick' ;;
+        gpus-1b) part "$name" 330 bash -c 'gpus "$SHAPE_1B" 1,2 32 8 --yardstick' ;;
         gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac

@@ -2,11 +2,11 @@
 
     python examples/benchmarks/measure_gpus.py MODEL TEXT --out gpus.json [--gpus 1,2] [--resume] [--set seq_len=1024]
 
-Each training is a `rcpconv quantize --gpus N` of its own, with --sequences a step, shared evenly among the GPUs. With
---resume, the largest number's training is stopped by SIGTERM halfway and goes on with the first number. Losses have to
-agree as far as rounding lets them, and rounding flips 2-bit codes: --yardstick shows how much losses differ on the same
-GPU when gradients are added up in two parts. Speed is the median over the second half of the steps. Trainings that are
-in --out already are not done again.
+Each training is a `rcpconv quantize --gpus N` of its own, with --sequences a step, shared evenly among the GPUs, as
+many of them at a time as quantize finds room for. With --resume, the largest number's training is stopped by SIGTERM
+halfway and goes on with the first number. Losses have to agree as far as rounding lets them, and rounding flips 2-bit
+codes: --yardstick shows how much losses differ on the same GPU when gradients are added up in twice as many parts.
+Speed is the median over the second half of the steps. Trainings that are in --out already are not done again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,14 @@ class Trainings:
             command = (sys.executable, "-m", "rcpconv", "quantize", *arguments)
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_python_path())
 
-    def _begin(self, name: str, gpus: int, parts: int = 1) -> subprocess.Popen[bytes]:
+    def _begin(self, name: str, gpus: int, parts: int = 0) -> subprocess.Popen[bytes]:
         if self.sequences % gpus:
             raise click.ClickException(f"{self.sequences} sequences are no multiple of {gpus} GPUs: see --sequences")
         fixed = ("--data", self.text, "--gpus", str(gpus), "--out", str(self.folder / name), "--log-every", "1")
-        batch = ("--batch-size", str(self.sequences // parts), "--grad-accum", str(parts), "--checkpoint-every", "0")
-        return self._start(name, self.model, *fixed, *batch, *self.options)
+        step = ("--step-sequences", str(self.sequences))
+        if parts:
+            step = ("--batch-size", str(self.sequences // parts), "--grad-accum", str(parts))
+        return self._start(name, self.model, *fixed, *step, "--checkpoint-every", "0", *self.options)
 
     def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
         try:
@@ -79,8 +82,12 @@ class Trainings:
         """Its run.json."""
         return json.loads((self.folder / name / "run.json").read_text())  # type: ignore[no-any-return]
 
-    def whole(self, name: str, gpus: int, parts: int = 1) -> str:
-        """Train on so many GPUs, each step's gradient added up in so many parts; the name given."""
+    def settings(self, name: str) -> dict[str, Any]:
+        """Its recipe.toml."""
+        return tomllib.loads((self.folder / name / "recipe.toml").read_text())
+
+    def whole(self, name: str, gpus: int, parts: int = 0) -> str:
+        """Train on so many GPUs, each step's gradient added up in so many parts where that is said; the name given."""
         self._end(self._begin(name, gpus, parts), name)
         return name
 
@@ -96,10 +103,12 @@ class Trainings:
         return name
 
 
-def summary(lines: Sequence[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a training. record: its run.json."""
+def summary(lines: Sequence[dict[str, Any]], record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a training. record, settings: its run.json and recipe.toml."""
     speeds = [line["tokens_per_second"] for line in lines[len(lines) // 2 :]]
     return {
+        "batch_size": settings["batch_size"],
+        "grad_accum": settings["grad_accum"],
         "losses": [line["loss"] for line in lines],
         "grad_norms": [line.get("grad_norm") for line in lines],
         "tokens_per_second": statistics.median(speeds),
@@ -145,7 +154,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 @click.option("--gpus", default="1,2", show_default=True, help="Numbers to compare, all with the first.")
 @click.option("--sequences", type=click.IntRange(1), default=8, show_default=True, help="Of a step.")
 @click.option("--resume", is_flag=True, help="Stop a training halfway, and go on with the first number of GPUs.")
-@click.option("--yardstick", is_flag=True, help="Also train on the first number with each step in two parts.")
+@click.option("--yardstick", is_flag=True, help="Also train on the first number with each step in twice as many parts.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of quantize.")
 @click.option("--limit", type=float, default=240.0, show_default=True, help="Seconds for a training.")
 def main(
@@ -174,7 +183,10 @@ def main(
         trainings = Trainings(model, text, folder, options, sequences, limit)
 
         def keep(name: str) -> None:
-            row = found["runs"].setdefault(name, summary(trainings.lines(name), trainings.record(name)))
+            row = summary(trainings.lines(name), trainings.record(name), trainings.settings(name))
+            if (made := row["batch_size"] * row["grad_accum"]) != sequences:
+                raise click.ClickException(f"{name}: {made} sequences a step; the model's recipe says so, choose another")
+            found["runs"].setdefault(name, row)
             first = next(iter(found["runs"].values()))
             row["largest_loss_difference"] = largest_difference(row["losses"], first["losses"])
             row["speedup"] = row["tokens_per_second"] / first["tokens_per_second"]
@@ -187,12 +199,12 @@ def main(
                 f"{row['speedup']:.2f} times the first's{peak}"
             )
 
-        wanted = {f"gpus-{count}": (count, 1) for count in counts}
-        if yardstick:
-            wanted[f"gpus-{counts[0]}-in-parts"] = (counts[0], 2)
-        for name, (count, parts) in wanted.items():
-            if name not in found["runs"]:
-                keep(trainings.whole(name, count, parts))
+        for count in counts:
+            if (name := f"gpus-{count}") not in found["runs"]:
+                keep(trainings.whole(name, count))
+        if yardstick and (name := f"gpus-{counts[0]}-in-parts") not in found["runs"]:
+            first = next(iter(found["runs"].values()))
+            keep(trainings.whole(name, counts[0], 2 * first["grad_accum"]))
         if resume:
             steps = len(found["runs"][f"gpus-{counts[0]}"]["losses"])
             keep(trainings.stopped(max(counts), steps // 2, counts[0]))
