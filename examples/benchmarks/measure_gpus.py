@@ -185,7 +185,7 @@ def main(
         def keep(name: str) -> None:
             row = summary(trainings.lines(name), trainings.record(name), trainings.settings(name))
             if (made := row["batch_size"] * row["grad_accum"]) != sequences:
-                raise click.ClickException(f"{name}: {made} sequences a step; the model's recipe says so, choose another")
+                raise click.ClickException(f"{name}: {made} sequences a step; the recipe says so; choose another model")
             found["runs"].setdefault(name, row)
             first = next(iter(found["runs"].values()))
             row["largest_loss_difference"] = largest_difference(row["losses"], first["losses"])
