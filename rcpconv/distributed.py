@@ -173,9 +173,9 @@ def shard(model: Decoder, groups: list[dict[str, Any]]) -> None:
 def sharded(lazy: LazyDecoder, device: torch.device, zero_stage: int = 3) -> Decoder:
     """All of a decoder made on `device`, as `shard` leaves it.
 
-    zero_stage: with 2, layers too stay whole from `hidden` to the end of the backward pass, and are gathered once
-    instead of twice. Each layer is sharded before the next one is made: a process never has more than its part of the
-    layers made so far, a whole one, and the tables.
+    zero_stage: with 2 or 1, layers too stay whole from `hidden` to the end of the backward pass, and are gathered once
+    instead of twice; for 1, see `stay_whole`. Each layer is sharded before the next one is made: a process never has
+    more than its part of the layers made so far, a whole one, and the tables.
     """
     mesh = _mesh(device)
 
@@ -187,6 +187,16 @@ def sharded(lazy: LazyDecoder, device: torch.device, zero_stage: int = 3) -> Dec
     model.inv_freq = model.inv_freq.to(device)
     _shard_rest(model, mesh)
     return model
+
+
+def stay_whole(model: nn.Module, on: bool) -> None:
+    """Whether parameters and their gradients stay whole after the next backward pass, for another one of the same step.
+
+    ZeRO stage 1, for models from `sharded`.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(not on)
+    model.set_reshard_after_backward(not on)
 
 
 def is_sharded(model: nn.Module) -> bool:

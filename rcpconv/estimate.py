@@ -165,7 +165,7 @@ def checkpoint_bytes(config: QuantizeConfig, architecture: Architecture, quantiz
     return round(_weight_bytes(config) * weights + _FLOAT32 * quantizers + states)
 
 
-def _own_batches(config: QuantizeConfig, gpus: int) -> tuple[int, int]:
+def own_batches(config: QuantizeConfig, gpus: int) -> tuple[int, int]:
     """(sequences of a batch, batches of a step) of each GPU."""
     assert config.batch_size is not None and config.grad_accum is not None
     own = math.ceil(config.batch_size * config.grad_accum / gpus)
@@ -201,8 +201,10 @@ def memory(
     if gpus > 1:  # layers put together, and what is computed of them before it is spread
         whole, tables = learnt * layer + _FLOAT32 * layer_quantizers, weights - linear
         gathered = _LAYERS_TOGETHER * (whole + teacher * layer) + whole + 2 * learnt * tables + 2 * teacher * table
-        if zero_stage == 2:  # all weights are put together, and the gradients of some layers
+        if zero_stage < 3:  # all weights are put together, and the gradients of some layers, or of all
             gathered = learnt * (weights + tables) + _FLOAT32 * quantizers + _LAYERS_TOGETHER * whole
+        if zero_stage == 1:
+            gathered += learnt * weights + _FLOAT32 * quantizers
     factor = (factors or calibration()).memory[COMPILED if config.compile == "on" else EAGER]
     peak = max(_moments(config, a, quantization, kind, gpus), key=sum)
     whole_teacher = teacher * (linear + 2 * table)
@@ -211,7 +213,7 @@ def memory(
         "quantizers": _FLOAT32 * quantizers / gpus,
         "gradients": peak.gradients,
         "optimizer": _optimizer_bytes(config, a, quantization) / gpus,
-        "original model": whole_teacher / (1 if zero_stage == 2 else gpus),
+        "original model": whole_teacher / (gpus if zero_stage == 3 else 1),
         "activations": factor * peak.activations,
         "working space": factor * peak.working + gathered,
     }
@@ -261,7 +263,7 @@ def _moments(
     layer, table = linear_weights(a) // a.num_layers, a.vocab_size * a.hidden_size
     learnt, compiled = _weight_bytes(config), config.compile == "on"
     assert config.seq_len is not None
-    sequences, batches = _own_batches(config, gpus)
+    sequences, batches = own_batches(config, gpus)
     tokens = sequences * config.seq_len
 
     every = (learnt * weights + _FLOAT32 * quantizers) / gpus
@@ -309,7 +311,7 @@ def step_seconds(
     flops: of each device, in large matmuls. Over several GPUs, layers travel while others compute: what takes longer.
     """
     assert config.seq_len is not None
-    sequences, batches = _own_batches(config, gpus)
+    sequences, batches = own_batches(config, gpus)
     a = architecture
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     attention = a.num_layers * a.attention_size * config.seq_len  # as many weights as its products count for
@@ -324,7 +326,9 @@ def step_seconds(
     computing = max(computing, _SECONDS_PER_LAYER[kind] * a.num_layers)
     if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
         teacher = _teacher_bytes(config) * (2 if config.resample else 1)
-        passing = 2 * _weight_bytes(config) if zero_stage == 2 else 3 * _weight_bytes(config) + teacher
+        passing = _weight_bytes(config) * (3 if zero_stage == 3 else 2) + (teacher if zero_stage == 3 else 0)
+        if zero_stage == 1:
+            passing /= batches
         travelling = passing * linear / _LINK_BYTES
         computing = max(computing, travelling)
     updating = update_bytes(config) * (linear + table) / gpus / _UPDATE_RATE[kind]

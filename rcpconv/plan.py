@@ -166,7 +166,8 @@ class Plan:
     seconds: float
     zero_stage: int = 3
     """How several GPUs share out the student (ZeRO, arXiv 1910.02054). At 3 each layer is gathered where it is used. At
-    2, where memory allows it, weights stay whole from a step's forward to its backward pass, and the original always.
+    2, where memory allows it, weights stay whole from a batch's forward to its backward pass, and the original always.
+    At 1, where it allows that too, a step of several batches gathers weights once, and shares out gradients at its end.
     """
 
     @property
@@ -341,9 +342,11 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     config, memory = _fit_memory(config, architecture, quantization, machine)
     zero_stage = 3
     if machine.gpus > 1 and not config.starts_whole:
-        faster = estimate.memory(config, architecture, quantization, machine.kind, machine.gpus, zero_stage=2)
-        if sum(faster.values()) <= _WITH_ROOM[machine.kind] * machine.memory_bytes:
-            zero_stage, memory = 2, faster
+        for stage in (1, 2) if estimate.own_batches(config, machine.gpus)[1] > 1 else (2,):
+            faster = estimate.memory(config, architecture, quantization, machine.kind, machine.gpus, zero_stage=stage)
+            if sum(faster.values()) <= _WITH_ROOM[machine.kind] * machine.memory_bytes:
+                zero_stage, memory = stage, faster
+                break
     assert config.batch_size is not None and config.grad_accum is not None
     per_step = config.batch_size * config.grad_accum * seq_len
     steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps

@@ -422,6 +422,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         run=run,
         console=console,
         evaluate=(lambda decoder: torch_perplexity(decoder, windows, "perplexity")) if windows else None,
+        zero_stage=plan.zero_stage,
     )
     trainer.train()
     if plan.machine.kind == "cuda":
@@ -434,7 +435,7 @@ def _sharded(
 ) -> tuple[Decoder, Decoder]:
     """Both models, each of their layers ready for training, and shared out, before the next one is made.
 
-    With ZeRO stage 2 every process has the teacher whole.
+    With ZeRO stages 1 and 2 every process has the teacher whole.
     """
     config, device = plan.config, torch.device(plan.machine.device)
     if config.master_weights == "bf16":
@@ -444,8 +445,8 @@ def _sharded(
         own = distributed.own_sequences(0, config.batch_size, config.grad_accum)
         tokens_BT = torch.from_numpy(sequences.batch(0, own[0][1])).to(device)  # the same for all, as the verdict is
         student, teacher = compiled_layers(student, tokens_BT, config.low_memory), compiled_layers(teacher)
-    if plan.zero_stage == 2:
-        return distributed.sharded(student, device, 2), teacher.whole().to(device).eval()
+    if plan.zero_stage < 3:
+        return distributed.sharded(student, device, plan.zero_stage), teacher.whole().to(device).eval()
     return distributed.sharded(student, device), distributed.sharded(teacher, device).eval()
 
 

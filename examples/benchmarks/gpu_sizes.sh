@@ -20,6 +20,7 @@
 #     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences      (300 s)
 #     gpus-7b        the same on two GPUs alone                                               (170 s)
 #
+# Nothing is drawn anew (resample=0), which would be done for the little text that there is, and not for a text's first time.
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
 # MEASURED the steps to measure. PY is the interpreter, SECONDS_IN_ALL the time after which nothing begins or goes on.
 # QUANTIZE_OPTIONS and MEASURE_OPTIONS go to rcpconv quantize and measure_training.py.
@@ -102,7 +103,7 @@ measured() {
     local name=$1 case=$2
     shift 2
     # shellcheck disable=SC2086
-    set -- "$py" $here/measure_training.py --case "$case" --steps "$MEASURED" --profile --set seq_len="$SEQ" "$@" $MEASURE_OPTIONS
+    set -- "$py" $here/measure_training.py --case "$case" --steps "$MEASURED" --profile --set seq_len="$SEQ" --set resample=0 "$@" $MEASURE_OPTIONS
     timed "$@" --out "$work/$name.json" && return
     grep -q "out of memory" "$work/$name.json" 2>/dev/null || return
     echo "once more with expandable segments"
@@ -127,7 +128,7 @@ gpus() {
     local shape=$1 numbers=$2 sequences=$3 steps=$4
     shift 4
     timed "$py" $here/measure_gpus.py "$models/$shape" demo --out "$work/gpus-$shape.json" --gpus "$numbers" \
-        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --limit 200 --plot "$work/gpus-$shape.png" "$@"
+        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --set resample=0 --limit 200 --plot "$work/gpus-$shape.png" "$@"
 }
 export -f timed checkpoint chain steps_0 measured resume resume_gpus gpus
 

@@ -94,17 +94,19 @@ class Trainer:
         console: Console,
         evaluate: Callable[[Decoder], float] | None = None,
         keep: bool = True,
+        zero_stage: int = 3,
     ) -> None:
         """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
 
         student, teacher: whole, or sharded, with layers ready for training (distributed.sharded). Whole ones are made
         so here, where several processes train.
         keep: leave a checkpoint of the last step, where there are any, and the curve of the loss.
+        zero_stage: of a sharded student (Plan.zero_stage).
         """
         assert config.batch_size is not None and config.grad_accum is not None
         self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
         self.config, self.run, self.console, self.evaluate = config, run, console, evaluate
-        self.keep = keep
+        self.keep, self.zero_stage = keep, zero_stage
         self.batch, self.accum = config.batch_size, config.grad_accum
         self.tokens_per_step = self.batch * self.accum * sequences.seq_len
         self.device = student.inv_freq.device
@@ -332,7 +334,9 @@ class Trainer:
             self.stepping.previous = counters.norm
         first, matching = counters.step * self.accum * self.batch, self._matching()
         parts = distributed.own_sequences(first, self.batch, self.accum)
-        for start, count in parts:
+        for i, (start, count) in enumerate(parts, start=1):
+            if self.zero_stage == 1:
+                distributed.stay_whole(self.student, i < len(parts))
             tokens_BT = self._resampled(self._tokens(start, count), start)
             found = distill(self.student, self.teacher, tokens_BT, loss, 1 / len(parts), matching, c.low_memory)
             totals += torch.stack(found) / len(parts)

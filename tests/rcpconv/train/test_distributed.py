@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import rcpconv.__main__
@@ -114,7 +115,7 @@ def stage_3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stage_2(monkeypatch: pytest.MonkeyPatch, stage_3: None) -> None:
+def roomy(monkeypatch: pytest.MonkeyPatch, stage_3: None) -> None:
     monkeypatch.setitem(planning._WITH_ROOM, "cpu", 0.9)
 
 
@@ -165,11 +166,18 @@ def test_two_processes_train_as_one(train: Callable[..., Path], whole: Run, text
     assert said.count("step 6/6") == said.count("Finished") == 1
 
 
-@pytest.mark.usefixtures("stage_2")
-def test_with_room_weights_stay_whole_for_a_step(
-    train: Callable[..., Path], whole: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize(("stage", "batches"), [(2, {}), (1, {"batch_size": 1, "grad_accum": 4})])
+def test_with_room_weights_stay_whole_for_a_batch_or_a_step(
+    train: Callable[..., Path],
+    whole: Run,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    batches: dict[str, int],
 ) -> None:
-    """ZeRO stage 2: the teacher is not shared out, and layers of the student are not gathered twice."""
+    """The teacher is not shared out, and layers of the student are not gathered twice."""
     sharded: list[Any] = []
     shard_layer = distributed._shard_layer
 
@@ -179,9 +187,30 @@ def test_with_room_weights_stay_whole_for_a_step(
         shard_layer(layer, mesh, reshard_after_forward=reshard_after_forward)
 
     monkeypatch.setattr(distributed, "_shard_layer", shard)
-    run = train(2, **MEASURED, eval_data=str(text))
+    run = train(2, **MEASURED, **batches, eval_data=str(text))
     assert figures(run) == pytest.approx(figures(whole.folder), rel=2e-3)
-    assert "ZeRO stage 2" in (tmp_path / "log").read_text()
+    assert f"ZeRO stage {stage}" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.usefixtures("roomy")
+def test_a_step_of_several_batches_shares_out_its_gradients_once(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With narrow weights too, which are a group of parameters each in attention and MLP."""
+    monkeypatch.setattr(LeanAdamW, "_random", lambda *_: None)
+    settings = SMALLER | {"batch_size": 1, "grad_accum": 6, "steps": 3, "checkpoint_every": 0}
+    one = train(1, name="one", **settings)
+    sharing = FSDPModule.set_requires_gradient_sync
+    told: list[bool] = []
+
+    def tell(model: Any, now: bool) -> None:
+        told.append(now)
+        assert told == ([False, False, True] * 3)[: len(told)]
+        sharing(model, now)
+
+    monkeypatch.setattr(FSDPModule, "set_requires_gradient_sync", tell)
+    assert figures(train(2, **settings)) == pytest.approx(figures(one), rel=1e-2)
+    assert "ZeRO stage 1" in (tmp_path / "log").read_text()
 
 
 def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> None:

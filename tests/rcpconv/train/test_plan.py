@@ -240,6 +240,14 @@ def test_weights_stay_whole_for_a_step_where_gpus_have_room() -> None:
     for name in ("weights", "optimizer", "gradients", "activations"):
         assert roomy.memory[name] == stage_3[name]
     assert over(2, 140, start="data").zero_stage == 3  # these shard late
+    several = over(2, 140, step_sequences=32)
+    assert (several.config.batch_size, several.config.grad_accum, several.zero_stage) == (8, 4, 1)
+    stage_2 = estimate.memory(several.config, several.architecture, several.quantization, "cuda", 2, zero_stage=2)
+    gradients = several.memory["working space"] - stage_2["working space"]
+    assert gradients == pytest.approx(2 * (several.memory["weights"] + several.memory["quantizers"]), rel=1e-3)
+    assert several.memory | {"working space": 0} == stage_2 | {"working space": 0}
+    assert over(2, 88, step_sequences=32).zero_stage == 2
+    assert several.seconds < 4.1 * roomy.seconds
     assert over(8, 139, LLAMA_2_70B, low_memory=True).zero_stage == 3
 
 
