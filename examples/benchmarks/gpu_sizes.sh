@@ -18,6 +18,7 @@
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
 #     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                 172 s
 #     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences      (300 s)
+#     gpus-tests     losses of tiny models on two GPUs, which are those of one                (120 s)
 #     gpus-7b        the same on two GPUs alone                                               (170 s)
 #
 # Nothing is drawn anew (resample=0), which would be done for the little text that there is, and not for a text's first time.
@@ -146,6 +147,7 @@ for name in $parts; do
         resume) part "$name" 240 bash -c resume ;;
         resume-gpus) part "$name" 240 bash -c resume_gpus ;;
         gpus-1b) part "$name" 330 bash -c 'gpus "$SHAPE_1B" 1,2 32 8 --yardstick' ;;
+        gpus-tests) part "$name" 240 "$py" -m pytest -q -m gpu tests/rcpconv/train/test_gpus.py ;;
         gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac
