@@ -64,7 +64,7 @@ def test_what_a_run_leaves(reference: Run, checkpoint: Path) -> None:
     }
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     config = run.config
-    assert (config.tables, config.precision, config.device, config.quantizer_lr) == ("one", "fp32", "cpu", 5e-3)
+    assert (config.tables, config.precision, config.device, config.quantizer_lr) == ("one", "fp32", "cpu", 2.5e-3)
     lines = metrics(run.folder)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["tokens"] == STEPS * 2 * 2 * 24
