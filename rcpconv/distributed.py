@@ -267,6 +267,24 @@ def gathered(pieces: Iterable[Piece]) -> Iterator[Piece]:
             setattr(module, name, part)
 
 
+@contextmanager
+def own_parts(module: nn.Module) -> Iterator[None]:
+    """Within, a module's parameters are what this process has of them: the same rows of all, and changed in place."""
+    parts = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for part, name, parameter in parts:
+        setattr(part, name, nn.Parameter(parameter.to_local(), requires_grad=False))
+    try:
+        yield
+    finally:
+        for part, name, parameter in parts:
+            setattr(part, name, parameter)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor; all of it where processes have no parts."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

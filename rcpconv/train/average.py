@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rcpconv import distributed
 from rcpconv.layers import QuantLinear
-from rcpconv.quantizers.base import from_groups, to_groups, widened
+from rcpconv.quantizers.base import WeightQuantizer, from_groups, to_groups, widened
 
 
 class RunningMean:
@@ -61,8 +62,12 @@ def pull_to_levels(linear: QuantLinear, share: float) -> None:
     another level there (`ldp-udq`). With a share of 1 they stay so while levels move a little; without, they would
     not, for training leaves many weights next to where two levels meet.
     """
-    quantizer, columns = linear.quantizer, linear.weight.shape[1]
-    grouped_NGg = to_groups(widened(linear.weight), quantizer.group_size)
+    with distributed.own_parts(linear):
+        _pull(linear.weight, linear.quantizer, share)
+
+
+def _pull(weight_NK: Tensor, quantizer: WeightQuantizer, share: float) -> None:
+    grouped_NGg = to_groups(widened(weight_NK), quantizer.group_size)
     low_NG1, high_NG1 = grouped_NGg.aminmax(dim=-1, keepdim=True)
     levels_NG4 = quantizer.levels(grouped_NGg)
     codes_NGg = quantizer.codes(grouped_NGg, levels_NG4)
@@ -70,4 +75,4 @@ def pull_to_levels(linear: QuantLinear, share: float) -> None:
     pulled_NGg = grouped_NGg.lerp(level_NGg, share)
     moves_NGg = (grouped_NGg > low_NG1) & (grouped_NGg < high_NG1)
     moves_NGg &= quantizer.codes(pulled_NGg, levels_NG4) == codes_NGg
-    linear.weight.copy_(from_groups(torch.where(moves_NGg, pulled_NGg, grouped_NGg), columns))
+    weight_NK.copy_(from_groups(torch.where(moves_NGg, pulled_NGg, grouped_NGg), weight_NK.shape[1]))

@@ -112,14 +112,10 @@ class Trainer:
         self.device = student.inv_freq.device
         self.two_bits_from = 0 if config.progressive_bits == WEIGHT_BITS else int(config.progressive_share * steps)
         self.frozen_from = math.ceil((1 - config.freeze) * steps)
-        alone = {
-            "pull": config.pull,
-            "freeze": config.freeze,
-            "progressive_bits": self.two_bits_from and config.progressive_bits,
-        }
-        for name, value in alone.items():
-            if value and distributed.processes() > 1:
-                raise BadOption(f"{name}: {value:g} is for a training in one process")
+        if self.two_bits_from and distributed.processes() > 1:
+            raise BadOption(f"progressive_bits: {config.progressive_bits} is for a training in one process")
+        if (config.pull or config.freeze) and config.weight_range == "fixed" and distributed.processes() > 1:
+            raise BadOption("weight_range: fixed, with pull or freeze, is for a training in one process")
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)

@@ -222,7 +222,7 @@ def test_two_processes_train_otherwise_as_one(train: Callable[..., Path]) -> Non
     "settings",
     [
         {"lr_scale": "relative", "grad_checkpointing": "on", "rotation_steps": 1},
-        {"resample": 0.3, "resample_after": 0},
+        {"resample": 0.3, "resample_after": 0, "pull": 0.1, "freeze": 0.25},
         SMALLER | EARLY | {"lr": 5e-4},  # at twice that, what one rounding decides is 3% of the loss after four steps
         SMALLER | {"compile": "on", "lr_scale": "relative", "tables": "two"},
     ],
