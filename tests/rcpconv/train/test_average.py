@@ -4,10 +4,26 @@ import pytest
 import torch
 
 from rcpconv.layers import ComputeOptions, QuantLinear
-from rcpconv.quantizers import METHODS, weight_quantizer
+from rcpconv.quantizers import METHODS, WeightQuantizer, weight_quantizer
 from rcpconv.train.average import pull_to_levels
 
 SHAPE = (24, 300)
+
+
+def quantized(method: str, generator: torch.Generator) -> QuantLinear:
+    """A linear of Gaussian weights, and its quantizer's start."""
+    linear = QuantLinear(SHAPE, False, weight_quantizer(method, SHAPE, 128), ComputeOptions())
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(SHAPE, generator=generator))
+        linear.quantizer.initialise(linear.weight)
+    return linear
+
+
+def move(quantizer: WeightQuantizer, share: float, generator: torch.Generator) -> None:
+    """Its parameters, at random."""
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter += share * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -15,13 +31,9 @@ SHAPE = (24, 300)
 def test_pulled_weights_keep_levels_and_codes(method: str, share: float) -> None:
     """With a last group that is short, and parameters that have moved; weights come nearer to their levels."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = weight_quantizer(method, SHAPE, 128)
-    linear = QuantLinear(SHAPE, False, quantizer, ComputeOptions())
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(SHAPE, generator=generator))
-        quantizer.initialise(linear.weight)
-        for parameter in quantizer.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    linear = quantized(method, generator)
+    quantizer = linear.quantizer
+    move(quantizer, 0.1, generator)
     before, weight = quantizer.bake(linear.weight), linear.weight.detach().clone()
     pull_to_levels(linear, share)
     after = quantizer.bake(linear.weight)
@@ -36,16 +48,11 @@ def test_pulled_weights_keep_levels_and_codes(method: str, share: float) -> None
 def test_pulled_weights_keep_their_codes_while_levels_move_a_little(method: str) -> None:
     """As training leaves weights: many just where two levels meet."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = weight_quantizer(method, SHAPE, 128)
-    linear = QuantLinear(SHAPE, False, quantizer, ComputeOptions())
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(SHAPE, generator=generator))
-        quantizer.initialise(linear.weight)
+    linear = quantized(method, generator)
+    quantizer = linear.quantizer
     before = quantizer.bake(linear.weight)
     pull_to_levels(linear, 1.0)
-    with torch.no_grad():
-        for parameter in quantizer.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    move(quantizer, 0.05, generator)
     after = quantizer.bake(linear.weight)
     assert torch.equal(after.codes_NK, before.codes_NK)
     assert not torch.equal(after.weights(), before.weights())
