@@ -251,12 +251,7 @@ def gathered(pieces: Iterable[Piece]) -> Iterator[Piece]:
     All processes go through them together; the others only help.
     """
     for piece in pieces:
-        parts = [
-            (module, name, parameter)
-            for module in piece[1].modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(parameter, DTensor)
-        ]
+        parts = _shared_out(piece[1])
         for module, name, part in parts:
             value = part.full_tensor()
             if not rank():
@@ -270,19 +265,24 @@ def gathered(pieces: Iterable[Piece]) -> Iterator[Piece]:
 @contextmanager
 def own_parts(module: nn.Module) -> Iterator[None]:
     """Within, a module's parameters are what this process has of them: the same rows of all, and changed in place."""
-    parts = [
-        (part, name, parameter)
-        for part in module.modules()
-        for name, parameter in part.named_parameters(recurse=False)
-        if isinstance(parameter, DTensor)
-    ]
-    for part, name, parameter in parts:
-        setattr(part, name, nn.Parameter(parameter.to_local(), requires_grad=False))
+    parts = _shared_out(module)
+    for owner, name, part in parts:
+        setattr(owner, name, nn.Parameter(part.to_local(), requires_grad=False))
     try:
         yield
     finally:
-        for part, name, parameter in parts:
-            setattr(part, name, parameter)
+        for owner, name, part in parts:
+            setattr(owner, name, part)
+
+
+def _shared_out(module: nn.Module) -> list[tuple[nn.Module, str, DTensor]]:
+    """Parameters that processes have parts of: whose they are, their names in it, and this process's parts."""
+    return [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -326,9 +326,9 @@ def step_seconds(
     computing = max(computing, _SECONDS_PER_LAYER[kind] * a.num_layers)
     if gpus > 1:  # the student's weights come forward and backward, and its gradients go; the teacher's come once
         teacher = _teacher_bytes(config) * (2 if config.resample else 1)
-        passing = _weight_bytes(config) * (3 if zero_stage == 3 else 2) + (teacher if zero_stage == 3 else 0)
-        if zero_stage == 1:
-            passing /= batches
+        passing = 3 * _weight_bytes(config) + teacher
+        if zero_stage < 3:  # weights come forward alone, and everybody has the teacher
+            passing = 2 * _weight_bytes(config) / (batches if zero_stage == 1 else 1)
         travelling = passing * linear / _LINK_BYTES
         computing = max(computing, travelling)
     updating = update_bytes(config) * (linear + table) / gpus / _UPDATE_RATE[kind]

@@ -59,8 +59,8 @@ def pull_to_levels(linear: QuantLinear, share: float) -> None:
 
     After Nagel et al., arXiv 2203.11086, decoupled from the loss as weight decay is. Levels and codes stay as they are:
     the smallest and largest weight of a group, which clips are shares of, are not moved, nor any weight that would take
-    another level there (`ldp-udq`). With a share of 1 they stay so while levels move a little; without, they would
-    not, for training leaves many weights next to where two levels meet.
+    another level there (`ldp-udq`). With a share of 1 they stay so while levels move a little, however near to where
+    two levels meet the weights were.
     """
     with distributed.own_parts(linear):
         _pull(linear.weight, linear.quantizer, share)

@@ -115,7 +115,7 @@ class Trainer:
         if self.two_bits_from and distributed.processes() > 1:
             raise BadOption(f"progressive_bits: {config.progressive_bits} is for a training in one process")
         if (config.pull or config.freeze) and config.weight_range == "fixed" and distributed.processes() > 1:
-            raise BadOption("weight_range: fixed, with pull or freeze, is for a training in one process")
+            raise BadOption("weight_range: fixed with pull or freeze is for a training in one process; use moving")
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)

@@ -135,8 +135,12 @@ def test_frozen_weights_stay_while_levels_learn_and_pulled_ones_end_nearer_to_th
     train(checkpoint, text, tmp_path / "pulled", pull=0.2)
     assert seen[-1][2] < 0.9 * free[-1][2]
     seen.clear()
+    train(checkpoint, text, tmp_path / "fast", quantizer_lr=0.05)
+    free = seen[:]
+    seen.clear()
     train(checkpoint, text, tmp_path / "frozen", freeze=0.25, quantizer_lr=0.05)
     last = round(0.75 * STEPS) - 1  # the last update of the weights
+    assert torch.equal(seen[last][0], free[last][0])
     assert not torch.equal(seen[last][0], seen[last - 1][0]) and not torch.equal(seen[last][3], seen[last - 1][3])
     assert torch.equal(seen[last + 1][0], seen[-1][0]) and torch.equal(seen[last][3], seen[-1][3])
     assert not torch.equal(seen[last][1], seen[-1][1])
