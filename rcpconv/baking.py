@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rcpconv.errors import ExportMismatch
-from rcpconv.layers import ComputeOptions, QuantLinear, QuantTable
+from rcpconv.layers import ComputeOptions, HeadMatrix, QuantLinear, QuantTable
 from rcpconv.model import Decoder, DecoderLayer, LazyDecoder, OneTableInput, Piece, build_pieces
 from rcpconv.parts import BakedParts
 from rcpconv.proof import hash_decoded, hash_weights
@@ -68,6 +68,8 @@ def bake_piece(piece: Piece) -> Iterator[tuple[str, Array]]:
         yield spec.FINAL_GAIN, _numpy(module.gain)
         if module.signs is not None:
             yield spec.ROTATION_SIGNS, _numpy(module.signs.to(torch.int8))
+    elif isinstance(module, HeadMatrix):
+        yield spec.HEAD_MATRIX, _numpy(module.bake())
     elif isinstance(module, QuantTable):
         weight, scale = module.bake()
         yield name + ".weight", _numpy(weight)

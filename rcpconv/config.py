@@ -357,14 +357,24 @@ class QuantizeConfig:
         help="What the first levels fit: the weights; with channels weighted by their inputs on training text (data); "
         "with error feedback besides (feedback: ldp, lc, seq, r2q).",
     )
-    rotation_steps: int = _option(
-        0,
+    rotation_steps: int | None = _option(
+        None,
         type=int,
         low=0,
+        optional=True,
         group=TRAINING,
-        help="Learn the rotations R1 and R2 for so many steps before training, starting from Hadamard matrices, as "
-        "SpinQuant does; they are merged into the weights. 0: leave them. A model with one table for embedding and "
-        "head keeps its R1.",
+        help="Learn the rotations R1 and R2 for so many steps before training, starting from Hadamard "
+        "matrices, as SpinQuant does; they are merged into the weights, and where embedding and head share a table, a "
+        "matrix of hidden_size squared is in the file besides. 0: leave them. Default: by --rotation-share.",
+    )
+    rotation_share: float = _option(
+        0.0,
+        type=float,
+        low=0,
+        high=0.5,
+        group=TRAINING,
+        help="Share of --tokens that learns rotations, without --rotation-steps: where the memory of one device holds "
+        "original and model whole meanwhile, and where that makes 20 optimizer steps at least.",
     )
     rotation_lr: float = _option(
         1e-2,
@@ -616,10 +626,10 @@ class QuantizeConfig:
     def starts_whole(self) -> bool:
         """Whether each of several processes makes student and teacher whole before it keeps its part of them.
 
-        Learned rotations (rotation_steps) and starts from data (start other than weights) go through all layers before
-        training. With any other setting, layers are shared out as they are made.
+        Starts from data (start other than weights) go through all layers before training. With any other setting,
+        layers are shared out as they are made; where rotations are learned, after that, by the first process alone.
         """
-        return self.rotation_steps > 0 or self.start != "weights"
+        return self.start != "weights"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:

@@ -64,6 +64,10 @@ _PASSING = 0.2
 """What a layer's backward pass takes beside, as a share of what an eager one keeps."""
 _EAGER_WEIGHTS = 6
 """Copies of the largest weight that its quantization makes, one operation after another."""
+_TURNED, _TURNING, _CAYLEY = 5, 4, 12
+"""Where rotations are learned: bytes that a layer keeps of a turned weight besides; copies of the largest weight that
+turning makes; and those of R1 that Cayley's map does. The first is 4.5 by count of what autograd saves; the others are
+supposed."""
 _CHUNKS = 4
 """Arrays of a chunk's logits."""
 _HEADS_IN_LOSS, _HEADS = 3, 2
@@ -113,7 +117,7 @@ def parameters(architecture: Architecture, quantization: Quantization) -> tuple[
     for name in spec.linear_names(a):
         n, k = spec.linear_shape(a, spec.linear_kind(name))
         groups += n * spec.ceil_div(k, quantization.group_of(name))
-    tables = a.vocab_size * a.hidden_size * (1 if a.tied_table else 2)
+    tables = a.vocab_size * a.hidden_size * (1 if a.tied_table else 2) + a.head_matrix * a.hidden_size**2
     return linear_weights(a) + tables, _QUANTIZER_PARAMETERS * groups
 
 
@@ -229,6 +233,34 @@ def memory(
     if config.steps == 0:  # a layer at a time; beside it a matrix in float64, and one with its codes as int64
         needs = {"weights": _FLOAT32 * layer, "quantizers": _FLOAT32 * layer_quantizers}
         needs["working space"] = 7 * _FLOAT32 * largest_weight
+    return {name: round(nbytes) for name, nbytes in needs.items()}
+
+
+def rotation_memory(
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, kind: str
+) -> dict[str, int]:
+    """As `memory`, of the one device that learns rotations, before training: layers are computed twice, not compiled.
+
+    Not measured on a GPU, but for what a layer keeps of a weight (_TURNED).
+    """
+    a = architecture
+    how = config.changed(
+        compile="off", grad_checkpointing="on", grad_accum=1, step_in_backward="off", master_weights="fp32", pull=0.0
+    )
+    linear, table = linear_weights(a), a.vocab_size * a.hidden_size
+    weights, quantizers = parameters(a, quantization)
+    factor = calibration().memory[EAGER]
+    peak = max(_moments(how, a, quantization, kind, 1), key=lambda moment: moment.activations + moment.working)
+    turning = _TURNING * _FLOAT32 * _largest_weight(a) + _CAYLEY * _FLOAT32 * a.hidden_size**2
+    needs = {
+        "weights": _FLOAT32 * weights,
+        "quantizers": 2 * _FLOAT32 * quantizers,  # the levels of this step and the next
+        "gradients": _FLOAT32 * (weights - linear),
+        "optimizer": _MOMENTS * _FLOAT32 * a.hidden_size**2,
+        "original model": _teacher_bytes(config) * (linear + 2 * table),
+        "activations": factor * peak.activations + _TURNED * (linear // a.num_layers),
+        "working space": factor * peak.working + turning + _FLOAT32 * (weights - linear),
+    }
     return {name: round(nbytes) for name, nbytes in needs.items()}
 
 

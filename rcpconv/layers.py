@@ -221,6 +221,23 @@ class QuantTable(nn.Module):
         return integers.to(torch.int8), scale
 
 
+class HeadMatrix(nn.Module):
+    """Turns what a table shared with the embedding takes, in float16 as the file has it (SPEC.md, "Head")."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., C) -> (..., C) float32."""
+        return F.linear(half_ste(h), half_ste(self.weight))
+
+    @torch.no_grad()
+    def bake(self) -> Tensor:
+        """(C, C) float16."""
+        return self.weight.to(torch.float16)
+
+
 class BakedTable(nn.Module):
     """Embedding or head as the file holds it."""
 

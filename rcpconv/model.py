@@ -142,7 +142,10 @@ def build_pieces(architecture: Architecture, parts: Parts, *, r1: bool, r3: bool
     for i in range(a.num_layers):
         yield f"layers.{i}", DecoderLayer(a, parts, i, r3, r4)
     yield "final_norm", RMSNorm(a.rms_norm_eps, parts.norm_size())
-    yield "head_input", OneTableInput(a.hidden_size, r1) if a.tied_table else nn.Identity()
+    if a.head_matrix:
+        yield "head_input", parts.head_matrix()
+    else:
+        yield "head_input", OneTableInput(a.hidden_size, r1) if a.tied_table else nn.Identity()
     if not a.tied_table:
         yield spec.HEAD, parts.table(spec.HEAD)
 

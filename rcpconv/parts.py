@@ -19,6 +19,7 @@ from rcpconv.layers import (
     FixedClip,
     FloatLinear,
     FloatTable,
+    HeadMatrix,
     KVQuantizer,
     QuantLinear,
     QuantTable,
@@ -45,6 +46,9 @@ class Parts(Protocol):
 
     def table(self, name: str) -> nn.Module:
         """The "embed" or "head" table."""
+
+    def head_matrix(self) -> nn.Module:
+        """What turns a shared table's input where a rotation was learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,11 @@ class FloatParts:
     def table(self, name: str) -> nn.Module:
         """See Parts."""
         return FloatTable(self.architecture.vocab_size, self.architecture.hidden_size)
+
+    def head_matrix(self) -> nn.Module:
+        """See Parts."""
+        size = self.architecture.hidden_size
+        return FloatLinear((size, size), bias=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +119,10 @@ class TrainingParts:
         """See Parts."""
         bits = self.quantization.embed_bits if name == "embed" else self.quantization.head_bits
         return QuantTable(self.architecture.vocab_size, self.architecture.hidden_size, bits, self.options)
+
+    def head_matrix(self) -> nn.Module:
+        """See Parts."""
+        return HeadMatrix(self.architecture.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +165,10 @@ class BakedParts:
         bits = self.quantization.embed_bits if name == spec.EMBED else self.quantization.head_bits
         scale = self._get(name + ".scale") if bits == 8 else None
         return BakedTable(self._get(name + ".weight"), scale, self.options)
+
+    @torch.no_grad()
+    def head_matrix(self) -> nn.Module:
+        """See Parts."""
+        matrix = HeadMatrix(self.architecture.hidden_size)
+        matrix.weight.copy_(self._get(spec.HEAD_MATRIX))
+        return matrix

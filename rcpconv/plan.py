@@ -32,6 +32,8 @@ from rcpformat.architecture import Architecture, Quantization
 DEFAULT_TOKENS = 20_000_000
 DEFAULT_SEQ_LEN = 2048
 
+LEAST_ROTATED_STEPS = 20
+"""Optimizer steps' worth of text that a share of the training has to come to for rotations to be learned on it."""
 CPU_SECONDS = 2 * 3600
 """A training that takes longer on a CPU is refused."""
 _USABLE_MEMORY = 0.92
@@ -153,7 +155,7 @@ class Plan:
     config: QuantizeConfig
     """With every setting that depends on model and machine filled in."""
     architecture: Architecture
-    """Of the file: tied_table is decided."""
+    """Of the file: tied_table and head_matrix are decided."""
     quantization: Quantization
     tied: bool
     """Whether the original has one table for embedding and head."""
@@ -164,6 +166,8 @@ class Plan:
     checkpoint_bytes: int
     steps: int
     seconds: float
+    rotations_need: int = 0
+    """Bytes for which rotations are not learned, where their share of the training would be."""
     zero_stage: int = 3
     """How several GPUs share out the student (ZeRO, arXiv 1910.02054). At 3 each layer is gathered where it is used. At
     2, where memory allows it, weights stay whole from a batch's forward to its backward pass, and the original always.
@@ -171,11 +175,14 @@ class Plan:
     """
 
     @property
+    def rotation_tokens(self) -> int:
+        """Tokens that rotations are learned on, beside those of `steps`."""
+        return (self.config.rotation_steps or 0) * self.tokens_per_step if self.steps else 0
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step."""
-        c = self.config
-        assert c.batch_size is not None and c.grad_accum is not None and c.seq_len is not None
-        return c.batch_size * c.grad_accum * c.seq_len
+        return _step_tokens(self.config)
 
     @property
     def memory_bytes(self) -> int:
@@ -249,8 +256,11 @@ class Plan:
         """Print size, memory, steps and time in a few lines."""
         c, m, s = self.config, self.machine, self.sizes
         tokens = self.steps * self.tokens_per_step
-        before = (
-            f" after {c.rotation_steps:,} of {c.batch_size} sequences for the rotations" if c.rotation_steps else ""
+        before = f" after {c.rotation_steps:,} for the rotations" if c.rotation_steps else ""
+        kept = (
+            f"\nrotations stay Hadamard's: learning them would take {size(self.rotations_need)} of one device's memory"
+            if self.rotations_need
+            else ""
         )
         for line in (
             f"file      {size(s.total_bytes)} without its tokenizer, from {size(s.fp16_bytes)} in FP16: {s.ratio:.2f}× "
@@ -261,7 +271,7 @@ class Plan:
             f"training  {self.steps:,} steps of {c.batch_size} × {c.grad_accum} sequences "
             f"× {c.seq_len} tokens = {tokens:,} tokens{before}, about "
             f"{duration(self.seconds)} ({c.precision}, gradient checkpointing {c.grad_checkpointing}, compile "
-            f"{c.compile}{self._savings()})"
+            f"{c.compile}{self._savings()}){kept}"
             if self.steps
             else "training  none",
         ):
@@ -311,8 +321,8 @@ def group_sizes(architecture: Architecture, quantization: Quantization, kind: st
 
 def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
     """Decide every open setting and estimate. architecture, tied: of the original. Raises BadOption."""
+    given, original = config, architecture
     one = _one_table(config, tied)
-    architecture = replace(architecture, tied_table=one)
     config = _with_rates(config, architecture)
     seq_len = config.seq_len or min(DEFAULT_SEQ_LEN, architecture.max_position_embeddings)
     if seq_len > architecture.max_position_embeddings:
@@ -338,8 +348,16 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         tables="one" if one else "two",
         compile=("on" if machine.compiles else "off") if config.compile == AUTO else config.compile,
     )
+    learns = bool(config.rotation_steps) or _rotates(config)
+    turned = one and config.r1 and learns  # by a learned rotation, which a head has to turn back
+    architecture = replace(architecture, tied_table=one, head_matrix=turned)
     quantization = quantization_of(config, architecture)
     config, memory = _fit_memory(config, architecture, quantization, machine)
+    rotating = estimate.rotation_memory(config, architecture, quantization, machine.kind)
+    if learns and config.rotation_steps is None and sum(rotating.values()) > _USABLE_MEMORY * machine.memory_bytes:
+        plan = make_plan(given.changed(rotation_steps=0), original, tied, machine)
+        return replace(plan, rotations_need=sum(rotating.values()))
+    config = config.changed(rotation_steps=_rotation_steps(config) if learns else 0)
     zero_stage = 3
     if machine.gpus > 1 and not config.starts_whole:
         for stage in (1, 2) if estimate.own_batches(config, machine.gpus)[1] > 1 else (2,):
@@ -347,9 +365,12 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
             if sum(faster.values()) <= _WITH_ROOM[machine.kind] * machine.memory_bytes:
                 zero_stage, memory = stage, faster
                 break
-    assert config.batch_size is not None and config.grad_accum is not None
-    per_step = config.batch_size * config.grad_accum * seq_len
-    steps = max(1, round(config.tokens / per_step)) if config.tokens else config.steps
+    if learns:
+        memory = max(memory, rotating, key=lambda each: sum(each.values()))
+    assert config.rotation_steps is not None
+    steps = max(1, round(config.tokens / _step_tokens(config))) if config.tokens else config.steps
+    if config.tokens and config.rotation_share and steps:  # a share of the tokens, and not beside them
+        steps = max(1, steps - config.rotation_steps)
     assert steps is not None
     return Plan(
         config=config,
@@ -361,10 +382,34 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         memory=memory,
         checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
-        seconds=(steps + (config.rotation_steps / config.grad_accum if steps else 0))  # of one batch each
+        seconds=(steps + (config.rotation_steps if steps else 0))
         * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage),
         zero_stage=zero_stage,
     )
+
+
+def _rotates(config: QuantizeConfig) -> bool:
+    """Whether rotations should be learned where that is left to the plan; tokens or steps are decided."""
+    if config.rotation_steps is not None or not (config.r1 or config.r2) or config.steps == 0:
+        return False
+    assert config.seq_len is not None
+    sequences = config.step_sequences
+    if config.batch_size is not None and config.grad_accum is not None:
+        sequences = config.batch_size * config.grad_accum
+    steps = config.steps or (config.tokens or 0) / (sequences * config.seq_len)
+    return config.rotation_share * steps >= LEAST_ROTATED_STEPS
+
+
+def _rotation_steps(config: QuantizeConfig) -> int:
+    """Decided; each has as many tokens as one of training."""
+    if config.rotation_steps is not None:
+        return config.rotation_steps
+    return round(config.rotation_share * (config.tokens / _step_tokens(config) if config.tokens else config.steps or 0))
+
+
+def _step_tokens(config: QuantizeConfig) -> int:
+    assert config.batch_size is not None and config.grad_accum is not None and config.seq_len is not None
+    return config.batch_size * config.grad_accum * config.seq_len
 
 
 def _one_table(config: QuantizeConfig, tied: bool) -> bool:

@@ -49,7 +49,7 @@ class PreparedModel:
 
     source: SourceModel
     architecture: Architecture
-    """As the source's, with tied_table resolved."""
+    """As the source's, with tied_table and head_matrix resolved."""
     rotations: Rotations
     signs: Tensor
     """(hidden_size,) ±1 float64: R1 is x -> H(signs ∘ x) / √n."""
@@ -82,6 +82,9 @@ class PreparedModel:
             for part in table.split(TABLE_ROWS):
                 part.copy_(next(blocks))
             yield "weight", table
+        elif a.head_matrix and piece == "head_input":
+            gain = torch.diag(self.source.tensors.get(spec.FINAL_GAIN, torch.float64, self.device))
+            yield "weight", self._turned(f"{piece}.weight", self._rotate_input(self._rotate_input(gain).T).T.float())
         elif piece == "head_input" and a.tied_table:
             yield "gain", self.source.tensors.get(spec.FINAL_GAIN, torch.float32, self.device)
             if self.rotations.r1:
@@ -155,18 +158,20 @@ def prepare(
     *,
     rotations: Rotations | None = None,
     one_table: bool = False,
+    head_matrix: bool = False,
     seed: int = 0,
     learned: LearnedRotations | None = None,
 ) -> PreparedModel:
     """Fold the norms of `source` and rotate it.
 
     one_table: keep one table for embedding and head, for a model with tied embeddings only (saves a quarter to
-    a third of a small model's file); otherwise tied embeddings are untied first. seed: of R1's random signs. learned:
+    a third of a small model's file); otherwise tied embeddings are untied first. head_matrix: with one table, which
+    may then have a learned R1. seed: of R1's random signs. learned:
     come on top of R1 and R2.
     """
     assert source.tied_embeddings or not one_table, "one table needs tied embeddings"
-    assert learned is None or learned.r1_CC is None or not one_table, "one table knows of Hadamard rotations alone"
-    architecture = dataclasses.replace(source.architecture, tied_table=one_table)
+    assert learned is None or learned.r1_CC is None or not one_table or head_matrix, "see head_matrix"
+    architecture = dataclasses.replace(source.architecture, tied_table=one_table, head_matrix=head_matrix)
     return PreparedModel(
         source=source,
         architecture=architecture,
@@ -273,11 +278,13 @@ def lazy_student(
     learning: Learning | None = None,
     a_clip: float = 0.9,
     cut_tables: bool = False,
+    initialise: bool = True,
 ) -> LazyDecoder:
     """The model to train, made on `device`: prepared weights, every quantizer initialised from them.
 
-    importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal.
-    cut_tables: a table comes in several pieces of its name, of TABLE_ROWS rows each; good for baking alone.
+    importance: linear name -> (K,) weight of each input channel for the initial levels; None = all equal. initialise:
+    False where quantizers are not used. cut_tables: a table comes in several pieces of its name, of TABLE_ROWS rows
+    each; good for baking alone.
     """
     a, q = prepared.architecture, quantization
     parts = TrainingParts(architecture=a, quantization=q, options=options, learning=learning, a_clip=a_clip)
@@ -291,7 +298,8 @@ def lazy_student(
                     yield name, module
                 continue
             _load(module, prepared.piece(name))
-            _initialise((name, module), importance)
+            if initialise:
+                _initialise((name, module), importance)
             yield name, module
             del module  # before the next one is made
 

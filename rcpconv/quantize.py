@@ -5,13 +5,13 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from rcpconv import distributed
 from rcpconv.baking import bake_piece, lazy_baked, proven_hashes
@@ -45,10 +46,12 @@ from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, size, suppos
 from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
 from rcpconv.proof import hash_tensor
 from rcpconv.quantizers import Learning
+from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import (
     BAKED,
     FAILED,
     FINISHED,
+    ROTATIONS,
     RUNNING,
     Run,
     created,
@@ -69,6 +72,7 @@ from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.compiling import compiled_layers
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpconv.train.memory import int8_teacher, narrow_weights
+from rcpconv.train.rotations import learn_rotations
 from rcpconv.train.sampling import sample
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
@@ -188,14 +192,14 @@ def _follow(console: Console) -> Run | None:
         return None
     folder, plan, windows = told
     run = Run.open(folder)
-    machine = replace(plan.machine, device=distributed.own_device(plan.machine.device))
-    return _train(run, replace(plan, machine=machine), run.source(), windows, console)
+    machine = dataclasses.replace(plan.machine, device=distributed.own_device(plan.machine.device))
+    return _train(run, dataclasses.replace(plan, machine=machine), run.source(), windows, console)
 
 
 def _shared_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
     """The plan, its estimates for one of the processes that train. Raises BadOption."""
     count = distributed.processes()
-    plan = make_plan(config, architecture, tied, replace(machine, gpus=count) if count > 1 else machine)
+    plan = make_plan(config, architecture, tied, dataclasses.replace(machine, gpus=count) if count > 1 else machine)
     if count > 1 and plan.steps:
         assert plan.config.batch_size is not None and plan.config.grad_accum is not None
         distributed.own_sequences(0, plan.config.batch_size, plan.config.grad_accum)
@@ -362,16 +366,62 @@ def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
     )
 
 
-def untrained_student(plan: Plan, source: SourceModel) -> Decoder:
-    """The model that a plan trains, as it starts."""
-    return lazy_untrained(plan, source).whole().to(plan.machine.device)
+def learned_rotations(
+    run: Run,
+    plan: Plan,
+    source: SourceModel,
+    teacher: Callable[[], Decoder],
+    sequences: Sequences | Mixture,
+    console: Console,
+) -> LearnedRotations | None:
+    """What the run folder has, learned now by the first process where it has none; None where the plan wants none.
+
+    teacher: gives the original, whole. Until the rotations are learned, so is the student, its layers computed twice.
+    """
+    c, a, path = plan.config, plan.architecture, run.folder / ROTATIONS
+    if not c.rotation_steps or not plan.steps:
+        return None
+    with distributed.first_before_others():
+        if not path.exists():
+            student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)
+            student.options = dataclasses.replace(student.options, checkpoint_layers=True)
+            size, accum = c.batch_size, c.grad_accum
+            assert size is not None and accum is not None
+
+            def batches(step: int) -> list[Tensor]:
+                first = step * size * accum
+                ids = (sequences.batch(first + i * size, size) for i in range(accum))
+                return [torch.from_numpy(each).to(plan.machine.device) for each in ids]
+
+            learn_rotations(
+                student,
+                teacher(),
+                batches,
+                steps=c.rotation_steps,
+                rate=c.rotation_lr,
+                r1=c.r1 and (a.head_matrix or not a.tied_table),
+                r2=c.r2,
+                tell=lambda text: console.print(text, highlight=False),
+                low_memory=c.low_memory,
+            ).save(path)
+            del student
+            if plan.machine.kind == "cuda":
+                torch.cuda.empty_cache()
+    return LearnedRotations.load(path)
 
 
-def lazy_untrained(plan: Plan, source: SourceModel, *, cut_tables: bool = False) -> LazyDecoder:
-    """As untrained_student, piece by piece; cut_tables: see lazy_student."""
+def untrained_student(plan: Plan, source: SourceModel, learned: LearnedRotations | None = None) -> Decoder:
+    """The model that a plan trains, as it starts; learned: see learned_rotations."""
+    return lazy_untrained(plan, source, learned).whole().to(plan.machine.device)
+
+
+def lazy_untrained(plan: Plan, source: SourceModel, learned: LearnedRotations | None = None, **how: Any) -> LazyDecoder:
+    """As untrained_student, piece by piece; how: see lazy_student."""
     c = plan.config
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
-    prepared = prepare(source, rotations=rotations, one_table=c.tables == "one", seed=c.seed)
+    a = plan.architecture
+    tables = {"one_table": a.tied_table, "head_matrix": a.head_matrix}
+    prepared = prepare(source, rotations=rotations, seed=c.seed, learned=learned, **tables)
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
     learning = Learning(
         reach=c.weight_reach,
@@ -385,7 +435,7 @@ def lazy_untrained(plan: Plan, source: SourceModel, *, cut_tables: bool = False)
         device=plan.machine.device,
         learning=learning,
         a_clip=c.a_clip,
-        cut_tables=cut_tables,
+        **how,
     )
 
 
@@ -408,11 +458,12 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
 
     with distributed.first_before_others():  # before any weights are read, unless they write the texts
         sequences = _sequences(run, plan, source, teacher, console)
+    learned = learned_rotations(run, plan, source, teacher, sequences, console)
     if distributed.processes() == 1 or config.starts_whole:
-        student, original = untrained_student(plan, source), teacher()
+        student, original = untrained_student(plan, source, learned), teacher()
     else:
-        teacher.cache_clear()  # what wrote texts is whole
-        student, original = _sharded(plan, lazy_untrained(plan, source), lazy_original(**how), sequences)
+        teacher.cache_clear()  # what wrote texts or learned rotations is whole
+        student, original = _sharded(plan, lazy_untrained(plan, source, learned), lazy_original(**how), sequences)
     trainer = Trainer(
         student=student,
         teacher=original,
@@ -423,6 +474,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         console=console,
         evaluate=(lambda decoder: torch_perplexity(decoder, windows, "perplexity")) if windows else None,
         zero_stage=plan.zero_stage,
+        learned=learned,
     )
     trainer.train()
     if plan.machine.kind == "cuda":

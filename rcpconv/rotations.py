@@ -20,8 +20,8 @@ from torch import Tensor
 from rcpconv.errors import BadRun
 from rcpconv.runs import replacing
 
-_FROM_STREAM = ("embed", "head", "q", "k", "v", "gate", "up")
-_TO_STREAM = ("o", "down")
+_FROM_STREAM = ("embed", "head_input", "head", "q", "k", "v", "gate", "up")
+_TO_STREAM = ("o", "down", "head_input")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class LearnedRotations:
         if self.r1_CC is not None:
             if weight and kind in _FROM_STREAM:
                 value = value.to(self.r1_CC.dtype) @ self.r1_CC
-            elif kind in _TO_STREAM:
+            if kind in _TO_STREAM:
                 value = _outputs(value, self.r1_CC)
         if self.r2_LDD is not None and kind in ("v", "o"):
             r2_DD = self.r2_LDD[int(owner.split(".")[1])]

@@ -174,7 +174,7 @@ class Run:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the file: with tied_table resolved."""
+        """Of the file: with tied_table and head_matrix resolved."""
         with self._entry("architecture") as value:
             return Architecture.from_json(value)
 

@@ -5,8 +5,8 @@
 #
 # Each part has a time limit and may fail. As soon as one is done, its output is in OUT/sizes.txt, and all outputs and
 # JSON are in OUT/results.tar.gz. Without parts: the first five, which fit into 9 minutes; name others for another call.
-# They run in the order in which they are named. Parts, with the time that each takes on H200s (measured on 2026-11-29;
-# in brackets: thought):
+# They run in the order in which they are named. Parts, with the time that each takes on H200s (measured on 2026-11-29,
+# on two GPUs on 2026-11-30):
 #
 #     chain          a checkpoint of random weights, three steps, file, rcp-run bench, sizes    150 s
 #     steps-0        the same checkpoint without training                                      85 s
@@ -17,9 +17,9 @@
 #     wiki           speed and profile of the small model that recipes are measured on           63 s
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
 #     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                 172 s
-#     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences      (300 s)
-#     gpus-tests     losses of tiny models on two GPUs, which are those of one                (120 s)
-#     gpus-7b        the same on two GPUs alone                                               (170 s)
+#     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences       251 s
+#     gpus-tests     losses of tiny models on two GPUs, which are those of one; three cases of 50 s  about 150 s
+#     gpus-7b        gpus-1b's for 7B, on two GPUs alone, 16 sequences                          180 s
 #
 # Nothing is drawn anew (resample=0), which would be done for the little text that there is, and not for a text's first time.
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,

@@ -7,7 +7,8 @@
 Without --case: 1B, 3B and 7B, each with all of the GPU's memory, with 80 GiB and with 48 GiB of it, the latter two
 with low_memory; each in a process of its own. Weights are random and made on the GPU; the settings are those that
 `rcpconv quantize` would choose for that much memory, but for --set. Cases whose result is in --out are left out.
---plain measures plain bf16 training of the same shape in the same process, afterwards and without a cap. --profile
+--plain measures plain bf16 training of the same shape in the same process, afterwards and without a cap. With
+--set rotation_steps=N rotations are learned for so many steps, afterwards, and that is measured, too. --profile
 traces one more step with torch.profiler, and prints what the device's time goes to.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -49,6 +51,7 @@ from rcpconv.runs import Run  # noqa: E402
 from rcpconv.train.loop import Trainer  # noqa: E402
 from rcpconv.train.losses import Loss, chunk_rows  # noqa: E402
 from rcpconv.train.memory import int8_teacher  # noqa: E402
+from rcpconv.train.rotations import learn_rotations  # noqa: E402
 from shapes import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M  # noqa: E402
 
 SHAPES = {
@@ -135,7 +138,7 @@ class TimedTrainer(Trainer):
 
 
 def _decoder(plan: Plan, parts: Parts, rotated: bool, options: ComputeOptions, ready: Ready) -> Decoder:
-    a = plan.architecture if rotated else dataclasses.replace(plan.architecture, tied_table=False)
+    a = plan.architecture if rotated else dataclasses.replace(plan.architecture, tied_table=False, head_matrix=False)
     frequencies = 1e4 ** (-np.arange(0, a.head_dim, 2) / a.head_dim)
     device = plan.machine.device
     pieces = made_on(device, build_pieces(a, parts, r1=rotated, r3=rotated, r4=rotated))
@@ -158,8 +161,8 @@ def original(plan: Plan, options: ComputeOptions, *, small: bool = False) -> Dec
 
 
 @torch.no_grad()
-def models(plan: Plan) -> tuple[Decoder, Decoder]:
-    """(student, teacher), random, made on the device of the plan."""
+def models(plan: Plan, *, initialise: bool = True) -> tuple[Decoder, Decoder]:
+    """(student, teacher), random, made on the device of the plan. initialise: the student's quantizers."""
     c = plan.config
     half = c.precision == "bf16"
     torch.manual_seed(0)
@@ -170,7 +173,7 @@ def models(plan: Plan) -> tuple[Decoder, Decoder]:
             if name.endswith("weight"):
                 parameter.normal_(0, _STD)
         for linear in module.modules():
-            if isinstance(linear, QuantLinear):
+            if initialise and isinstance(linear, QuantLinear):
                 linear.quantizer.initialise(linear.weight)
         return module
 
@@ -254,6 +257,40 @@ def measure_plain(plan: Plan, steps: int) -> dict[str, Any]:
     plain = PlainTraining(plan)
     found = {"training": plain.seconds(plain.step, steps), "teacher": plain.seconds(plain.teach, steps)}
     return found | {"peak_allocated": torch.cuda.max_memory_allocated() if cuda else None}
+
+
+def measure_rotations(plan: Plan) -> dict[str, Any]:
+    """Seconds and memory of learning the rotations of a random model, and how much of it is estimated."""
+    c, cuda = plan.config, plan.machine.kind == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    student, teacher = models(plan, initialise=False)
+    student.options = dataclasses.replace(student.options, checkpoint_layers=True)
+    assert c.seq_len is not None and c.batch_size is not None and c.grad_accum is not None and c.rotation_steps
+    texts, device = RandomTokens(c.seq_len, plan.architecture.vocab_size), torch.device(plan.machine.device)
+    times: list[float] = []
+
+    def batches(step: int) -> list[Tensor]:
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        parts = (texts.batch(step * c.grad_accum + i, c.batch_size) for i in range(c.grad_accum))
+        return [torch.from_numpy(part).to(device) for part in parts]
+
+    r1 = c.r1 and (plan.architecture.head_matrix or not plan.architecture.tied_table)
+    how: dict[str, Any] = {"r1": r1, "r2": c.r2, "low_memory": c.low_memory}
+    learn_rotations(student, teacher, batches, steps=c.rotation_steps, rate=c.rotation_lr, tell=click.echo, **how)
+    batches(0)
+    found = [after - before for before, after in itertools.pairwise(times)]
+    estimated = estimate.rotation_memory(c, plan.architecture, plan.quantization, plan.machine.kind)
+    return {
+        "seconds": statistics.median(found),
+        "times": found,
+        "peak_allocated": torch.cuda.max_memory_allocated() if cuda else None,
+        "estimated_memory": estimated,
+    }
 
 
 def make_case_plan(case: str, device: str, settings: dict[str, Any]) -> Plan:
@@ -389,6 +426,16 @@ def tell(result: dict[str, Any]) -> None:
         )
 
 
+def tell_rotations(found: dict[str, Any]) -> None:
+    """Print estimated against measured."""
+    estimated, peak = sum(found["estimated_memory"].values()) / _GIB, (found["peak_allocated"] or 0) / _GIB
+    times = " ".join(f"{t:.2f}" for t in found["times"])
+    click.echo(
+        f"  learning rotations  a step {found['seconds']:.3f} s (all: {times}), memory estimated {estimated:.1f} GiB, "
+        f"measured {peak:.1f}"
+    )
+
+
 def factors(results: list[dict[str, Any]]) -> Calibration:
     """Of memory the largest that was measured, of time the median; each with and without torch.compile.
 
@@ -499,6 +546,10 @@ def main(
         if plain:
             result["plain"] = measure_plain(plan, steps)
             tell(result)
+            keep()
+        if plan.config.rotation_steps:
+            result["rotations"] = measure_rotations(plan)
+            tell_rotations(result["rotations"])
             keep()
         if "error" in result:
             raise SystemExit(1)

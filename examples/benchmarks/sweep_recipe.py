@@ -48,8 +48,8 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, visible_gpus
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import EVALUATION_WINDOW, keep_result, new_run, untrained_student
-from rcpconv.runs import FINISHED, METRICS, now, replacing, write_json
+from rcpconv.quantize import EVALUATION_WINDOW, keep_result, learned_rotations, new_run, untrained_student
+from rcpconv.runs import FINISHED, METRICS, Run, now, replacing, write_json
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.sampling import sample
@@ -200,19 +200,8 @@ class Sweep:
         config = build_config(self.job.model, None, settings | {"checkpoint_every": 0})
         plan = make_plan(config, self.source.architecture, self.source.tied_embeddings, self.machine)
         with new_run(folder, plan, self.source) as run:
-            student = untrained_student(plan, self.source)
-            if plan.steps:
-                with (folder / "log.txt").open("w") as log:
-                    Trainer(
-                        student=student,
-                        teacher=self.teacher(plan.config.precision == "bf16"),
-                        sequences=self._sequences(plan),
-                        steps=plan.steps,
-                        config=plan.config,
-                        run=run,
-                        console=Console(file=log),
-                        keep=False,
-                    ).train()
+            with (folder / "log.txt").open("w") as log:
+                student = self._trained(run, plan, Console(file=log))
             trained = time.perf_counter()
             keep_result(run, student.pieces(), self.source)
             run.update(status=FINISHED, finished=now())
@@ -229,6 +218,25 @@ class Sweep:
             "seconds": round(time.perf_counter() - start, 1),
             "settings": settings,
         }
+
+    def _trained(self, run: Run, plan: Plan, console: Console) -> Decoder:
+        if not plan.steps:
+            return untrained_student(plan, self.source)
+        teacher, sequences = self.teacher(plan.config.precision == "bf16"), self._sequences(plan)
+        learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, console)
+        student = untrained_student(plan, self.source, learned)
+        Trainer(
+            student=student,
+            teacher=teacher,
+            sequences=sequences,
+            steps=plan.steps,
+            config=plan.config,
+            run=run,
+            console=console,
+            keep=False,
+            learned=learned,
+        ).train()
+        return student
 
 
 def _graphs() -> int:

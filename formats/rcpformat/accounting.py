@@ -53,6 +53,8 @@ class Accounting:
 def _kind(name: str) -> str:
     if name == spec.TOKENIZER:
         return "tokenizer"
+    if name == spec.HEAD_MATRIX:
+        return "head"
     owner, _, part = name.rpartition(".")
     if owner in (spec.EMBED, spec.HEAD):
         return {spec.EMBED: "embedding", spec.HEAD: "head"}[owner]

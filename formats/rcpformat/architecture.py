@@ -100,6 +100,15 @@ class Architecture(_JsonRecord):
     """Per-head RMSNorm with gain on q and k before RoPE (Qwen3)."""
     tied_table: bool = False
     """One table serves embedding and head (SPEC.md, "One table")."""
+    head_matrix: bool = False
+    """With one table: a matrix of its own turns what the head takes, for rotations that are no Hadamard ones."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As _JsonRecord.to_json, without what files had no word for before it is used."""
+        out = super().to_json()
+        if not self.head_matrix:
+            del out["head_matrix"]
+        return out
 
     def __post_init__(self) -> None:
         owner = "architecture"
@@ -112,8 +121,10 @@ class Architecture(_JsonRecord):
         _integer(owner, "max_position_embeddings", self.max_position_embeddings, 1, 1 << 32)
         _positive(owner, "rms_norm_eps", self.rms_norm_eps)
         _positive(owner, "rope_attention_factor", self.rope_attention_factor)
-        for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_table"):
+        for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_table", "head_matrix"):
             _boolean(owner, name, getattr(self, name))
+        if self.head_matrix and not self.tied_table:
+            raise BadMetadata(f"{owner}.head_matrix: true, which is for one table alone, and tied_table is false")
         if self.head_dim % 2:
             raise BadMetadata(f"{owner}.head_dim: expected an even number (RoPE works on pairs), found {self.head_dim}")
         if self.num_heads % self.num_kv_heads:

@@ -92,6 +92,7 @@ EMBED = "embed"
 HEAD = "head"
 ROTATION_SIGNS = "rotation.signs"
 FINAL_GAIN = "final_norm.gain"
+HEAD_MATRIX = "head_matrix.weight"
 
 ATTENTION_LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o")
 MLP_LINEARS = ("mlp.gate", "mlp.up", "mlp.down")
@@ -101,7 +102,7 @@ ACTIVATION_SITES = ("attention_input", "o_input", "mlp_input", "down_input")
 KV_SITES = ("key", "value")
 """Order of the entries of `layers.N.kv_clip`."""
 
-KNOWN_FEATURES = ("a8", "bias", "kv8", "qk_norm", "sliding_window", "tied_table")
+KNOWN_FEATURES = ("a8", "bias", "head_matrix", "kv8", "qk_norm", "sliding_window", "tied_table")
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,12 @@ def expected_tensors(architecture: Architecture, quantization: Quantization) -> 
                 f"quantization: one table serves embedding and head, so head_bits {q.head_bits} "
                 f"must equal embed_bits {q.embed_bits}"
             )
-        tensors[FINAL_GAIN] = TensorSpec("F32", (a.hidden_size,))
-        if q.r1:
-            tensors[ROTATION_SIGNS] = TensorSpec("I8", (a.hidden_size,))
+        if a.head_matrix:
+            tensors[HEAD_MATRIX] = TensorSpec("F16", (a.hidden_size, a.hidden_size))
+        else:
+            tensors[FINAL_GAIN] = TensorSpec("F32", (a.hidden_size,))
+            if q.r1:
+                tensors[ROTATION_SIGNS] = TensorSpec("I8", (a.hidden_size,))
     else:
         tensors |= table_tensors(HEAD, a.vocab_size, a.hidden_size, q.head_bits)
     tensors[INV_FREQ] = TensorSpec("F64", (a.head_dim // 2,))
@@ -220,6 +224,7 @@ def required_features(architecture: Architecture, quantization: Quantization) ->
     used = {
         "a8": q.a_bits == 8,
         "bias": a.qkv_bias or a.o_bias or a.mlp_bias,
+        "head_matrix": a.head_matrix,
         "kv8": q.kv_bits == 8,
         "qk_norm": a.qk_norm,
         "sliding_window": a.attention_window is not None,

@@ -76,6 +76,7 @@ PLAIN = Quantization(method="rtn", r1=False, r2=False, r3=False, r4=False)
 LDP = Quantization(method="ldp")
 ROTATED = replace(SMALLEST, hidden_size=16, intermediate_size=12, num_heads=2, head_dim=4)
 TIED = replace(SMALLEST, hidden_size=8, intermediate_size=12, tied_table=True)
+TURNED = replace(TIED, head_matrix=True)
 BIASED = replace(SMALLEST, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, attention_window=(4,))
 HALVES = replace(PLAIN, embed_bits=16, head_bits=16)
 
@@ -220,6 +221,7 @@ GOOD: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "f16_tables": ("Embedding and head in float16.", lambda: model(SMALLEST, HALVES, 8)),
     "a8_kv8": ("8-bit activations and KV cache.", lambda: model(SMALLEST, replace(PLAIN, a_bits=8, kv_bits=8), 9)),
+    "tied_matrix": ("One table, and a matrix that turns what the head takes.", lambda: model(TURNED, LDP, 11)),
     "extensions": (
         "Extension tensors, an optional feature and a metadata key that no reader knows; a chat template in Unicode.",
         lambda: model(
@@ -447,6 +449,9 @@ BAD: dict[str, Bad] = {
         "A sliding window that is not announced.",
         metadata(FEATURES, lambda text: text.replace(',"sliding_window"', "")),
         base="biases_qk_norm_window",
+    ),
+    "head_matrix_of_two_tables": Bad(
+        BadMetadata, "A matrix for one table, and two tables.", members(ARCHITECTURE, head_matrix=True)
     ),
     "architecture_heads": Bad(BadMetadata, "3 heads share 2.", members(ARCHITECTURE, num_heads=3, num_kv_heads=2)),
     "eos_beyond_vocabulary": Bad(

@@ -35,7 +35,16 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, make_plan
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import evaluation_text, keep_result, new_run, sampled_rows, untrained_student, written_rows
+from rcpconv.quantize import (
+    evaluation_text,
+    keep_result,
+    learned_rotations,
+    new_run,
+    sampled_rows,
+    untrained_student,
+    written_rows,
+)
+from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import FINISHED, METRICS, RUNNING, Run, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
@@ -249,18 +258,21 @@ class Workshop:
         if not plan.steps:
             return result | self._measured(cell, plan, self._student(cell, plan), None)
         with self._run(cell, plan) as run:
-            student = self._student(cell, plan)
+            teacher, sequences = self.teacher(c.precision == "bf16"), self._sequences(c)
             try:
+                learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+                student = self._student(cell, plan, learned)
                 Trainer(
                     student=student,
-                    teacher=self.teacher(c.precision == "bf16"),
-                    sequences=self._sequences(c),
+                    teacher=teacher,
+                    sequences=sequences,
                     steps=plan.steps,
                     config=c,
                     run=run,
                     console=self.console,
                     evaluate=lambda decoder: score(decoder, self.validation).perplexity,
                     keep=False,
+                    learned=learned,
                 ).train()
             except (TrainingDiverged, BadCompiler) as error:
                 run.delete()
@@ -279,9 +291,11 @@ class Workshop:
             return rest
         return Mixture(Sequences(self._sampled, c.seq_len, c.seed), rest, c.self_share)
 
-    def _student(self, cell: Cell, plan: Plan) -> Decoder:
+    def _student(self, cell: Cell, plan: Plan, learned: LearnedRotations | None = None) -> Decoder:
         """As it starts; the last one is kept where it is small, since the next thing that changes is the rates."""
         key = (cell.variant, cell.seed)
+        if learned is not None:  # anew with every training
+            return untrained_student(plan, self.source, learned)
         if self._start is not None and self._start[0] == key:
             return copy.deepcopy(self._start[1])
         self._start = None

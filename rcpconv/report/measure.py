@@ -92,7 +92,14 @@ def measure(
     unturned = Rotations(r1=False, r2=False, r3=False, r4=False)
     learned = LearnedRotations.load(run.folder / ROTATIONS) if run.config.rotation_steps else None
     plain, prepared = (
-        prepare(source, rotations=rotations, one_table=a.tied_table, seed=run.config.seed, learned=also).on(device)
+        prepare(
+            source,
+            rotations=rotations,
+            one_table=a.tied_table,
+            head_matrix=a.head_matrix,
+            seed=run.config.seed,
+            learned=also,
+        ).on(device)
         for rotations, also in ((unturned, None), (turned, learned))
     )
     unrotated = ranges(rotated_decoder(plain), windows)

@@ -93,7 +93,8 @@ def _overview(run: Run, text: Text, found: Measured) -> str:
     q = run.quantization
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)]
     c = run.config
-    learned = [name for name in rotations if name == "R2" or (name == "R1" and not run.architecture.tied_table)]
+    tied = run.architecture.tied_table and not run.architecture.head_matrix
+    learned = [name for name in rotations if name == "R2" or (name == "R1" and not tied)]
     turned = ", ".join(rotations) or "none"
     if c.rotation_steps and learned:
         turned += f"; {' and '.join(learned)} learned in {c.rotation_steps:,} steps before training"

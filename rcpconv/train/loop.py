@@ -33,7 +33,7 @@ from rcpconv.layers import LearnedClip, QuantLinear
 from rcpconv.model import Decoder
 from rcpconv.prepare import rotation_signs
 from rcpconv.rotations import LearnedRotations
-from rcpconv.runs import METRICS, PLOT, ROTATIONS, Run
+from rcpconv.runs import METRICS, PLOT, Run
 from rcpconv.scheme import UNQUANTIZED, WEIGHT_BITS
 from rcpconv.train import checkpoints
 from rcpconv.train.average import RunningMean, pull_to_levels
@@ -43,7 +43,6 @@ from rcpconv.train.memory import StepInBackward, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_factor, set_rates
 from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
 from rcpconv.train.resampling import places, redraw
-from rcpconv.train.rotations import learn_rotations
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data, start_from_weights
 from rcpconv.train.tokens import Mixture, Sequences
 
@@ -95,13 +94,14 @@ class Trainer:
         evaluate: Callable[[Decoder], float] | None = None,
         keep: bool = True,
         zero_stage: int = 3,
+        learned: LearnedRotations | None = None,
     ) -> None:
         """config: with batch_size, grad_accum and rates decided. evaluate: perplexity, for config.eval_every.
 
         student, teacher: whole, or sharded, with layers ready for training (distributed.sharded). Whole ones are made
         so here, where several processes train.
         keep: leave a checkpoint of the last step, where there are any, and the curve of the loss.
-        zero_stage: of a sharded student (Plan.zero_stage).
+        zero_stage: of a sharded student (Plan.zero_stage). learned: what the student was turned by, for hidden_loss.
         """
         assert config.batch_size is not None and config.grad_accum is not None
         self.student, self.teacher, self.sequences, self.steps = student, teacher, sequences, steps
@@ -119,7 +119,8 @@ class Trainer:
         self.optimizer = make_optimizer(student, config)
         self.counters = Counters()
         checkpoint = checkpoints.newest(run)
-        self.learned_CC = self._learn_rotations(turn=checkpoint is None) if config.rotation_steps else None
+        r1_CC = None if learned is None else learned.r1_CC
+        self.learned_CC = None if r1_CC is None else r1_CC.to(self.device, torch.float32)
         if config.start != "weights" and checkpoint is None and not self.two_bits_from:
             self._start_from_data()
         if not distributed.is_sharded(student):
@@ -142,28 +143,6 @@ class Trainer:
         self.mean = RunningMean([p.detach() for p in self.parameters], config.ema) if config.ema else None
         if checkpoint is not None:
             self._load(checkpoint)
-
-    def _learn_rotations(self, *, turn: bool) -> Tensor | None:
-        """Learn rotations, or read those that the run folder has; with `turn`, turn the student. R1's part (C, C)."""
-        c, path = self.config, self.run.folder / ROTATIONS
-        with distributed.first_before_others():
-            if not path.exists():
-                learn_rotations(
-                    self.student,
-                    self.teacher,
-                    lambda step: self._tokens(step * self.batch, self.batch),
-                    steps=c.rotation_steps,
-                    rate=c.rotation_lr,
-                    r1=c.r1 and not self.student.architecture.tied_table,
-                    r2=c.r2,
-                    tell=lambda text: self.console.print(text, highlight=False),
-                    low_memory=c.low_memory,
-                ).save(path)
-        rotations = LearnedRotations.load(path).on(self.device)
-        if turn:
-            rotations.turn(dict(self.student.named_parameters()))
-            start_from_weights(self.student)
-        return None if rotations.r1_CC is None else rotations.r1_CC.float()
 
     def _start_from_data(self) -> None:
         batches = [self._tokens(i, self.batch) for i in range(0, CALIBRATION_SEQUENCES, self.batch)]

@@ -17,7 +17,7 @@ PEAK = "peak_lr"
 """Key of a parameter group: its learning rate before the schedule."""
 FREEZES = "freezes"
 """Key of a parameter group: whether it is of weights that are quantized to 2 bits."""
-_TABLES = ("embed.", "head.")
+_TABLES = ("embed.", "head.", "head_input.")
 _MUON_MOMENTUM = 0.95
 
 _Group = dict[str, Any]

@@ -14,7 +14,7 @@ g weights of one group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from rcpconv.errors import TrainingDiverged
-from rcpconv.layers import ActivationQuantizer, QuantLinear, QuantTable
+from rcpconv.layers import ActivationQuantizer, HeadMatrix, QuantLinear, QuantTable
 from rcpconv.model import Decoder
 from rcpconv.quantizers.base import WeightQuantizer, channel_weights, to_groups
 from rcpconv.quantizers.functional import ZERO_TOKEN, Quantized, quantize_activations
@@ -100,7 +100,7 @@ class _ByPeak(nn.Module):
 def learn_rotations(
     student: Decoder,
     teacher: Decoder,
-    tokens: Callable[[int], Tensor],
+    batches: Callable[[int], Sequence[Tensor]],
     *,
     steps: int,
     rate: float,
@@ -111,12 +111,13 @@ def learn_rotations(
 ) -> LearnedRotations:
     """Learn R1, R2 of every layer, both or neither; the student is as it was in the end. Returns float64 matrices.
 
-    tokens: step -> (B, T) ids. rate: the largest one, of Adam, for the entries of Cayley's skew matrices. r1: not for a
-    model with one table, whose head turns back by Hadamard. tell: hears of the divergence, in nats. Raises
-    TrainingDiverged where that is not finite.
+    batches: step -> (B, T) ids of each batch, all of one size. rate: the largest one, of Adam, for the entries of
+    Cayley's skew matrices. r1: a model with one table needs a head matrix for it, as its head turns back by Hadamard
+    otherwise. Quantizers need not be initialised. tell: hears of the divergence, in nats. Raises TrainingDiverged where
+    that is not finite.
     """
     a, device = student.architecture, student.inv_freq.device
-    assert not (r1 and a.tied_table), "one table knows of Hadamard rotations alone"
+    assert not (r1 and a.tied_table and not a.head_matrix), "one table knows of Hadamard rotations alone"
     found: dict[str, _Rotation] = {}
     if r1:
         found["r1_CC"] = _Rotation(a.hidden_size, a.hidden_size, device=device)
@@ -125,13 +126,16 @@ def learn_rotations(
     if not found:
         return LearnedRotations()
     optimizer = torch.optim.Adam([p for each in found.values() for p in each.parameters()], lr=rate, betas=BETAS)
-    now = LearnedRotations()
-    with _turning(student, lambda: now) as quantizers:
+    now, loss = LearnedRotations(), Distillation(kind="kl")
+    with _turning(student, lambda: now) as quantizers, _fast_products(device):
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_factor(step, steps, _WARMUP, 0.0, "linear")
-            now = LearnedRotations(**{name: each.weight for name, each in found.items()})
-            _, kl = distill(student, teacher, tokens(step), Distillation(kind="kl"), 1.0, low_memory=low_memory)
+            parts = batches(step)
+            kl = torch.zeros((), device=device)
+            for tokens_BT in parts:
+                now = LearnedRotations(**{name: each.weight for name, each in found.items()})
+                kl += distill(student, teacher, tokens_BT, loss, 1 / len(parts), low_memory=low_memory)[1] / len(parts)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for quantizer in quantizers:
@@ -145,6 +149,18 @@ def learn_rotations(
                 tell(f"rotations: step {step + 1} of {steps}, KL {float(kl):.4f}")
     with torch.no_grad():
         return LearnedRotations(**{name: each.double().weight.detach() for name, each in found.items()})
+
+
+@contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """Within, a GPU multiplies float32 matrices as TF32: turning weights is most of the work."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -163,7 +179,7 @@ def _turning(student: Decoder, now: Callable[[], LearnedRotations]) -> Iterator[
             swapped.append((module, "quantizer", module.quantizer))
             quantizers.append(_FollowingLevels(module.weight, module.quantizer.group_size))
             module.quantizer = quantizers[-1]
-        if isinstance(module, QuantLinear | QuantTable):
+        if isinstance(module, QuantLinear | QuantTable | HeadMatrix):
             turned += [(module, part) for part, _ in module.named_parameters(recurse=False)]
     names = {module: name for name, module in student.named_modules()}
     for module, part in turned:

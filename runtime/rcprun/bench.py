@@ -205,9 +205,10 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def weight_bytes(file: RcpFile) -> int:
-    """Bytes of the file that the computation of every token reads: all layers and the head's table."""
+    """Bytes of the file that the computation of every token reads: all layers and the head's table (and matrix)."""
     table = spec.EMBED if file.architecture.tied_table else spec.HEAD
-    return sum(entry.nbytes for name, entry in file.header_tensors.items() if name.startswith(("layers.", f"{table}.")))
+    read = ("layers.", f"{table}.", spec.HEAD_MATRIX)
+    return sum(entry.nbytes for name, entry in file.header_tensors.items() if name.startswith(read))
 
 
 def cache_bytes(architecture: Architecture, kv_bits: int, length: int) -> int:

@@ -93,10 +93,10 @@ def test_what_nobody_says_is_as_quantize_has_it(tmp_path: Path, monkeypatch: pyt
     assert (found.rotation_steps, found.a_clip, found.clip_lr) == (7, 0.8, None)
     for name in ("rtn", "ldp-untrained"):
         untrained = whole.config(Cell(kind=FINAL, variant=name))
-        assert (untrained.rotation_steps, untrained.start, untrained.a_clip) == (0, "weights", 0.8)
+        assert (untrained.rotation_steps, untrained.start, untrained.a_clip) == (None, "weights", 0.8)
     assert whole.config(Cell(kind=FINAL, variant="uniform", rates=rates)).loss == "cakld"
     rotated = config.build_config("m", None, {"method": "rtn"})
-    assert (rotated.rotation_steps, rotated.start) == (0, "weights")
+    assert (rotated.rotation_steps, rotated.start) == (None, "weights")
     assert comparison(common={"loss": "mix"}).config(Cell(kind=FINAL, variant="ldp", rates=rates)).loss == "mix"
     assert comparison().config(Cell(kind=FINAL, variant="ldp", rates=rates)).seq_len == 256  # the demo's own
 

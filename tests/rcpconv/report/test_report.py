@@ -113,7 +113,7 @@ def test_what_the_page_says_of_rotations_groups_and_bits(text: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     shown = (tmp_path / "page.html").read_text()
     for part in (
-        "R1, R2, R3, R4; R2 learned in 1 steps before training",
+        "R1, R2, R3, R4; R1 and R2 learned in 1 steps before training",
         "4 bits in the first 50% of the steps, 2 after that",
         "groups of 128, but down_proj=64",
     ):

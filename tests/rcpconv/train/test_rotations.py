@@ -5,10 +5,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import rcpconv.prepare as preparing
+from rcpconv.baking import baked_decoder
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
 from rcpconv.errors import BadOption, BadRun, TrainingDiverged
@@ -24,6 +26,8 @@ from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import ROTATIONS
 from rcpconv.train.rotations import _FollowingLevels, learn_rotations
 from rcpformat.architecture import Quantization
+from rcpformat.reader import RcpFile
+from rcprun.backends.numpy.reference import ReferenceModel
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 from tiny_trainings import assert_same_result, in_child, resume, train, wait_for_line
 
@@ -42,17 +46,27 @@ def random_rotations(model: Decoder, *, r1: bool = True) -> LearnedRotations:
     )
 
 
-@pytest.mark.parametrize(("kind", "one_table"), [("llama_bias", False), ("llama32", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("llama_bias", {}),
+        ("llama32", {"one_table": True}),
+        ("llama32", {"one_table": True, "head_matrix": True}),
+        ("qwen3", {}),
+    ],
+)
 @torch.no_grad()
-def test_any_rotation_leaves_the_logits_of_the_unquantized_model(kind: str, one_table: bool, tmp_path: Path) -> None:
+def test_any_rotation_leaves_the_logits_of_the_unquantized_model(
+    kind: str, tables: dict[str, bool], tmp_path: Path
+) -> None:
     make_tiny_checkpoint(kind, tmp_path / "model")
     source = load_source(str(tmp_path / "model"))
     original = original_decoder(source)
     tokens = torch.arange(40)[None] % source.architecture.vocab_size
-    rotations = random_rotations(original, r1=not one_table)
-    turned = rotated_decoder(prepare(source, one_table=one_table, learned=rotations))
+    rotations = random_rotations(original, r1=tables != {"one_table": True})
+    turned = rotated_decoder(prepare(source, learned=rotations, **tables))
     assert (turned(tokens) - original(tokens)).abs().max() < 1e-3
-    plain = rotated_decoder(prepare(source, one_table=one_table))
+    plain = rotated_decoder(prepare(source, **tables))
     assert not torch.allclose(plain.layers[0].attn.o.weight, turned.layers[0].attn.o.weight, atol=1e-2)
     rotations.turn(dict(plain.named_parameters()))
     for (name, a), b in zip(plain.named_parameters(), turned.parameters(), strict=True):
@@ -91,7 +105,7 @@ def learned(checkpoint: Path) -> dict[str, Any]:
         said.append([])
         student.options.checkpoint_layers = recompute
         return learn_rotations(
-            student, teacher, lambda step: ids, steps=STEPS, rate=3e-3, tell=said[-1].append, **which
+            student, teacher, lambda step: [ids[:2], ids[2:]], steps=STEPS, rate=3e-3, tell=said[-1].append, **which
         )
 
     return {
@@ -187,11 +201,18 @@ def test_a_run_with_learned_rotations_is_exact_and_survives_a_kill(
     assert_same_result(resume(tmp_path / "killed"), whole)
 
 
-def test_with_one_table_r2_alone_is_learned(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    run = train(checkpoint, text, tmp_path / "run", rotation_steps=2, steps=2)
-    assert run.architecture.tied_table
+def test_with_one_table_a_matrix_turns_what_the_head_takes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run = train(checkpoint, text, tmp_path / "run", rotation_steps=4, rotation_lr=0.3, steps=2)
+    assert run.architecture.tied_table and run.architecture.head_matrix
     found = LearnedRotations.load(run.folder / ROTATIONS)
-    assert found.r1_CC is None and found.r2_LDD is not None
+    assert found.r1_CC is not None and found.r2_LDD is not None
+    assert (found.r1_CC - torch.eye(len(found.r1_CC))).abs().max() > 1e-2
+    export(run, tmp_path / "model.rcp")
+    with RcpFile.open(tmp_path / "model.rcp") as file:
+        assert "head_matrix" in file.metadata.required_features
+        tokens = list(range(24))
+        logits = baked_decoder(run.architecture, run.quantization, run.tensor)(torch.tensor([tokens]))[0]
+        np.testing.assert_allclose(ReferenceModel(file).logits(tokens), logits, atol=0.05 * float(logits.std()))
     run = train(checkpoint, text, tmp_path / "none", rotation_steps=2, steps=1, r1=False, r2=False)
     assert LearnedRotations.load(run.folder / ROTATIONS) == LearnedRotations()
 
@@ -203,7 +224,7 @@ def test_a_divergence_that_is_not_finite(checkpoint: Path) -> None:
     student = student_decoder(prepare(source), Quantization(method="ldp"), ComputeOptions())
     ids = torch.arange(24)[None]
     with pytest.raises(TrainingDiverged, match=r"rotations: step 1: KL is not finite\. Try --rotation-lr 3\.3e-03"):
-        learn_rotations(student, teacher, lambda step: ids, steps=2, rate=1e-2, r1=False, r2=True, tell=print)
+        learn_rotations(student, teacher, lambda step: [ids], steps=2, rate=1e-2, r1=False, r2=True, tell=print)
     assert not any(hasattr(module, "parametrizations") for module in student.modules())
 
 

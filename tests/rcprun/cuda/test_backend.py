@@ -22,6 +22,11 @@ MODELS = {
     "plain": (SMALL, LDP),
     "tiny": (TINY, LDP),
     "one table": (dataclasses.replace(SMALL, tied_table=True), LDP),
+    "one table, matrix": (dataclasses.replace(SMALL, tied_table=True, head_matrix=True), LDP),
+    "one 16-bit table, matrix": (
+        dataclasses.replace(SMALL, tied_table=True, head_matrix=True),
+        Quantization(method="ldp", head_bits=16, embed_bits=16),
+    ),
     "biases": (dataclasses.replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True), LDP),
     "norms of q and k": (dataclasses.replace(SMALL, qk_norm=True), LDP),
     "window": (dataclasses.replace(SMALL, attention_window=(5, None)), LDP),

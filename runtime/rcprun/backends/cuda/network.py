@@ -244,7 +244,8 @@ class Network:
     def head(self, x_MD: Any, logits_MV: Any, buffers: Buffers) -> Iterator[Operation]:
         """Logits of residuals after the last layer, which may be a part of the pass's."""
         w, count = self.weights, len(x_MD)
-        yield Operation("head norm", partial(self._normalize_for_head, x_MD, buffers))
+        turn = 0 if w.turn_DD is None else int(w.turn_DD.nbytes)
+        yield Operation("head norm", partial(self._normalize_for_head, x_MD, buffers), turn)
         if w.head_scale_V is None:
             launch = partial(head_half, buffers.floats("h", count), w.head_VD, logits_MV)
             yield Operation("head", launch, int(w.head_VD.nbytes))
@@ -258,12 +259,17 @@ class Network:
         w, count = self.weights, len(x_MD)
         h, codes, scale = buffers.floats("h", count), buffers.head_codes[:count], buffers.scale[:count]
         quantized = self._quantization.head_bits == 8
-        if w.gain_D is None and quantized:
+        plain = buffers.floats("unrotated", count)
+        if w.turn_DD is not None:
+            norm.normalize(x_MD, plain, eps=self._eps)
+            head_half(plain, w.turn_DD, h)
+            if quantized:
+                norm.quantize(h, codes, scale, clip=_HEAD_CLIP, bits=8)
+        elif w.gain_D is None and quantized:
             norm.norm_quantize(x_MD, codes, scale, eps=self._eps, clip=_HEAD_CLIP, bits=8)
         else:
             norm.normalize(x_MD, h, eps=self._eps)
         if w.gain_D is not None:
-            plain = buffers.floats("unrotated", count)
             w.unrotate.apply(h, plain)
             if quantized:
                 workspace = h if w.rotate.needs_workspace(count) else None

@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 from rcpformat.reader import RcpFile
-from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, layer_prefix
+from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, HEAD_MATRIX, layer_prefix
 from rcprun.backends.cuda.hadamard import Transform
 from rcprun.backends.cuda.linear import UnitLinear
 
@@ -56,7 +56,10 @@ class Weights:
         self.embed_scale_V = _on_gpu(file, f"{EMBED}.scale") if q.embed_bits == 8 else None
         self.head_VD, self.head_scale_V = self.embed_VD, self.embed_scale_V
         self.gain_D: Any | None = None
-        if a.tied_table:
+        self.turn_DD: Any | None = None
+        if a.head_matrix:
+            self.turn_DD = _on_gpu(file, HEAD_MATRIX)
+        elif a.tied_table:
             # rot(gain ∘ unrot(h)): the signs of both cancel, whatever they are.
             self.gain_D = _on_gpu(file, FINAL_GAIN)
             self.rotate = Transform(a.hidden_size, rotate=q.r1)
@@ -69,8 +72,8 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        tables = [self.embed_VD, self.embed_scale_V]
-        if self.gain_D is None:
+        tables = [self.embed_VD, self.embed_scale_V, self.turn_DD]
+        if self.head_VD is not self.embed_VD:
             tables += [self.head_VD, self.head_scale_V]
         layers = sum(layer.nbytes for layer in self.layers)
         return layers + sum(int(table.nbytes) for table in tables if table is not None)

@@ -16,7 +16,7 @@ from rcpformat import arithmetic
 from rcpformat.arithmetic import Float32Array
 from rcpformat.hadamard import hadamard_transform
 from rcpformat.reader import RcpFile
-from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, LEVEL_LIMIT, ROTATION_SIGNS, layer_prefix
+from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, HEAD_MATRIX, LEVEL_LIMIT, ROTATION_SIGNS, layer_prefix
 from rcprun.backends.numpy.attention import attend
 from rcprun.backends.numpy.kvcache import KEY, VALUE, KVCache
 from rcprun.backends.numpy.matrix import IntegerMatrix
@@ -112,10 +112,10 @@ class DecoderLayer:
 
 
 class Head:
-    """SPEC.md, "Head", with the rotations of "One table" where embedding and head share theirs."""
+    """SPEC.md, "Head", with the rotations or the matrix of "One table" where embedding and head share theirs."""
 
     def __init__(self, file: RcpFile) -> None:
-        tied = file.architecture.tied_table
+        tied, turned = file.architecture.tied_table, file.architecture.head_matrix
         name = EMBED if tied else HEAD
         weight_VD = file.tensor(f"{name}.weight")
         self._matrix: IntegerMatrix | None = None
@@ -124,20 +124,25 @@ class Head:
             self._scale_V = file.tensor(f"{name}.scale").copy()
         else:
             self._weight_VD = weight_VD.astype(np.float32)
-        self._gain_D = file.tensor(FINAL_GAIN).copy() if tied else None
-        self._signs_D = file.tensor(ROTATION_SIGNS).astype(np.float32) if tied and file.quantization.r1 else None
+        self._turn_DD = file.tensor(HEAD_MATRIX).astype(np.float32) if turned else None
+        gain = tied and not turned
+        self._gain_D = file.tensor(FINAL_GAIN).copy() if gain else None
+        self._signs_D = file.tensor(ROTATION_SIGNS).astype(np.float32) if gain and file.quantization.r1 else None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._weight_VD.nbytes if self._matrix is None else self._matrix.nbytes + self._scale_V.nbytes
+        table = self._weight_VD.nbytes if self._matrix is None else self._matrix.nbytes + self._scale_V.nbytes
+        return table + (0 if self._turn_DD is None else self._turn_DD.nbytes)
 
     def __call__(self, h_MD: Float32Array) -> Float32Array:
         """Logits (M, V) of the normalized residual."""
-        if self._gain_D is not None:
+        if self._turn_DD is not None:
+            h_MD = _half_product(h_MD, self._turn_DD)
+        elif self._gain_D is not None:
             h_MD = self._rotate(self._gain_D * self._unrotate(h_MD))
         if self._matrix is None:
-            return h_MD.astype(np.float16).astype(np.float32) @ self._weight_VD.T
+            return _half_product(h_MD, self._weight_VD)
         codes_MD, scale_M1 = arithmetic.quantize_head_input(h_MD)
         logits_MV = self._matrix.product(codes_MD.astype(np.float32))
         logits_MV *= scale_M1
@@ -151,3 +156,8 @@ class Head:
         if self._signs_D is None:
             return x_MD
         return hadamard_transform(x_MD, transpose=True, normalized=True) * self._signs_D
+
+
+def _half_product(x_MK: Float32Array, half_NK: Float32Array) -> Float32Array:
+    """(M, N) of float16 values, widened, and inputs that are rounded to float16."""
+    return x_MK.astype(np.float16).astype(np.float32) @ half_NK.T

@@ -18,7 +18,7 @@ from rcpformat import arithmetic
 from rcpformat.arithmetic import F32, Float32Array
 from rcpformat.hadamard import hadamard_transform
 from rcpformat.reader import RcpFile
-from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, INV_FREQ, ROTATION_SIGNS, layer_prefix
+from rcpformat.spec import EMBED, FINAL_GAIN, HEAD, HEAD_MATRIX, INV_FREQ, ROTATION_SIGNS, layer_prefix
 
 
 class ReferenceModel:
@@ -113,12 +113,19 @@ class ReferenceModel:
         name = HEAD
         if self.architecture.tied_table:
             name = EMBED
-            h_MD = self.rotate(self.float_tensor(FINAL_GAIN) * self.unrotate(h_MD))
+            if self.architecture.head_matrix:
+                h_MD = self.half_product(HEAD_MATRIX, h_MD)
+            else:
+                h_MD = self.rotate(self.float_tensor(FINAL_GAIN) * self.unrotate(h_MD))
         if self.quantization.head_bits == 16:
-            return h_MD.astype(np.float16).astype(F32) @ self.float_tensor(f"{name}.weight").T
+            return self.half_product(f"{name}.weight", h_MD)
         codes_MD, scale_M1 = arithmetic.quantize_head_input(h_MD)
         sums_MV = arithmetic.integer_matmul(codes_MD, self.file.tensor(f"{name}.weight"))
         return arithmetic.scale_sums(sums_MV, scale_M1, self.float_tensor(f"{name}.scale"))
+
+    def half_product(self, name: str, x_MK: Float32Array) -> Float32Array:
+        """(M, N) of a float16 table or matrix (N, K) and inputs that are rounded to float16 ("Head")."""
+        return x_MK.astype(np.float16).astype(F32) @ self.float_tensor(name).T
 
     def rotate(self, x_MD: Float32Array) -> Float32Array:
         """rot(x) of "Transforms"."""
