@@ -382,8 +382,10 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         memory=memory,
         checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
-        seconds=(steps + (config.rotation_steps if steps else 0))
-        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage),
+        seconds=steps
+        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage)
+        + (config.rotation_steps if steps else 0)
+        * estimate.rotation_seconds(config, architecture, machine.kind, machine.flops),
         zero_stage=zero_stage,
     )
 

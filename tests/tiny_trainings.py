@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "log_every": 1,
     "checkpoint_every": 4,
+    "rotation_share": 0.0,
     "device": "cpu",
 }
 EVALUATED: dict[str, Any] = {"max_eval_tokens": 1000, "eval_every": 8}

@@ -13,22 +13,22 @@
 # ONLY says which variants: the trained methods and what is not trained where it is not given, all where it is "all".
 # A comparison of methods that is over may be gone on with as one of all.
 #
-# Every variant has quantize's defaults (rcpconv/recipes/default.toml: KL and a tenth of cross-entropy, 15% of the tokens of
-# repeated text drawn anew, quantizers and clips at 2.5 times the weights' rate, falling to 0 in a line, activation clips
-# from 0.8), which are the best recipe measured for ldp, in steps of 8 sequences, and is swept over the same three rates: the
-# best one of that recipe, 4e-4, and two above it, which seq was better with.
+# Every variant has quantize's defaults (rcpconv/recipes/default.toml: rotations learned on 7.5% of the tokens, KL and a tenth
+# of cross-entropy, 15% of the tokens of repeated text drawn anew, quantizers and clips at 2.5 times the weights' rate,
+# falling to 0 in a line, activation clips from 0.8), which are the best recipe measured for ldp, in steps of 8 sequences,
+# and is swept over the same three rates: the best one of that recipe, 4e-4, and two above it, which seq was better with.
 #
-# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29): a GPU trains
-# 585,000 tokens/s in all, whether four, six or more share it; 30 to 50 s are start and compilation, and measuring (text
-# kept back, held-out) takes 25 to 35 s. Tokens drawn anew, from a text's second time on, cost a sixth more. Not measured as
-# a whole.
+# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29 and 30): a GPU
+# trains 585,000 tokens/s in all, whether four, six or more share it; 30 to 50 s are start and compilation, and measuring
+# (text kept back, held-out) takes 25 to 35 s. Tokens drawn anew, from a text's second time on, cost a sixth more, and
+# learning rotations takes three times as long as training on as many tokens. Not measured as a whole.
 #
 #   phase                            tokens      one GPU, 6 at a time      two GPUs, 12 at a time
-#   sweep: 24 of 8 M                 192 M       330 s + 4 starts          165 s + 2
-#   final: 8 of 33 M, one seed       264 M       450 s + 2                 225 s + 1
-#   two more seeds of the best two   132 M       225 s + 1                 115 s + 1
-#   in calls of 9 minutes                        4                         2 or 3
-#   18 ablations after that          594 M       1,190 s, 4 calls          600 s, 2 calls
+#   sweep: 24 of 8 M                 192 M       380 s + 4 starts          190 s + 2
+#   final: 8 of 33 M, one seed       264 M       590 s + 2                 295 s + 1
+#   two more seeds of the best two   132 M       295 s + 1                 150 s + 1
+#   in calls of 9 minutes                        5                         3
+#   19 ablations after that          627 M       1,400 s, 5 calls          700 s, 2 calls
 #
 # Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail

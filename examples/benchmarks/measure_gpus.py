@@ -7,6 +7,7 @@ many of them at a time as quantize finds room for. With --resume, the largest nu
 halfway and goes on with the first number. Losses have to agree as far as rounding lets them, and rounding flips 2-bit
 codes: --yardstick shows how much losses differ on the same GPU when gradients are added up in twice as many parts.
 Speed is the median over the second half of the steps. Trainings that are in --out already are not done again.
+--free-gib 80 fills all other memory of every GPU meanwhile, which so is as large as one of 80 GiB.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,34 @@ import click
 
 ROOT = Path(__file__).parents[2]
 _PATIENCE = 0.2
+_FILL = """
+import sys, torch
+kept = []
+for index in range(torch.cuda.device_count()):
+    torch.zeros(1, device=f"cuda:{index}")
+    free = torch.cuda.mem_get_info(index)[0] - round(float(sys.argv[1]) * 2**30)
+    if free > 0:
+        kept.append(torch.empty(free, dtype=torch.uint8, device=f"cuda:{index}"))
+    print(f"{torch.cuda.mem_get_info(index)[0] / 2**30:.1f} GiB of GPU {index} are free")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""Holds memory of all GPUs but for argv[1] GiB, until its input ends."""
+
+
+@contextmanager
+def free_memory(gib: float) -> Iterator[None]:
+    """Within, so much memory of each GPU is free, or all of it where there is less."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", _FILL, str(gib)], **pipes) as filler:
+        assert filler.stdout is not None
+        for line in filler.stdout:
+            if line == "ready\n":
+                break
+            click.echo(line, nl=False)
+        else:
+            raise click.ClickException("the GPUs' memory could not be filled: see above; leave --free-gib out")
+        yield  # leaving closes its input
 
 
 def _python_path() -> dict[str, str]:
@@ -155,7 +185,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 @click.option("--sequences", type=click.IntRange(1), default=8, show_default=True, help="Of a step.")
 @click.option("--resume", is_flag=True, help="Stop a training halfway, and go on with the first number of GPUs.")
 @click.option("--yardstick", is_flag=True, help="Also train on the first number with each step in twice as many parts.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of quantize.")
+@click.option("--free-gib", type=click.FloatRange(1), help="Fill each GPU's memory but for so much.")
+@click.option("--set", "settings", multiple=True, metavar="NAME[=VALUE]", help="An option of quantize.")
 @click.option("--limit", type=float, default=240.0, show_default=True, help="Seconds for a training.")
 def main(
     model: str,
@@ -166,13 +197,17 @@ def main(
     sequences: int,
     resume: bool,
     yardstick: bool,
+    free_gib: float | None,
     settings: tuple[str, ...],
     limit: float,
 ) -> None:
     """Train and compare."""
     counts = [int(count) for count in gpus.split(",")]
-    options = [f"--{name.replace('_', '-')}={value}" for name, _, value in (each.partition("=") for each in settings)]
+    parts = (each.partition("=") for each in settings)
+    options = [f"--{name.replace('_', '-')}{equals}{value}" for name, equals, value in parts]
     found: dict[str, Any] = {"model": Path(model).name, "sequences": sequences, "settings": list(settings), "runs": {}}
+    if free_gib is not None:
+        found["free_gib"] = free_gib
     if out.exists():
         before = json.loads(out.read_text())
         if before | {"runs": {}} != found:
@@ -199,15 +234,19 @@ def main(
                 f"{row['speedup']:.2f} times the first's{peak}"
             )
 
-        for count in counts:
-            if (name := f"gpus-{count}") not in found["runs"]:
-                keep(trainings.whole(name, count))
-        if yardstick and (name := f"gpus-{counts[0]}-in-parts") not in found["runs"]:
-            first = next(iter(found["runs"].values()))
-            keep(trainings.whole(name, counts[0], 2 * first["grad_accum"]))
-        if resume:
-            steps = len(found["runs"][f"gpus-{counts[0]}"]["losses"])
-            keep(trainings.stopped(max(counts), steps // 2, counts[0]))
+        def train() -> None:
+            for count in counts:
+                if (name := f"gpus-{count}") not in found["runs"]:
+                    keep(trainings.whole(name, count))
+            if yardstick and (name := f"gpus-{counts[0]}-in-parts") not in found["runs"]:
+                first = next(iter(found["runs"].values()))
+                keep(trainings.whole(name, counts[0], 2 * first["grad_accum"]))
+            if resume:
+                steps = len(found["runs"][f"gpus-{counts[0]}"]["losses"])
+                keep(trainings.stopped(max(counts), steps // 2, counts[0]))
+
+        with nullcontext() if free_gib is None else free_memory(free_gib):
+            train()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if plot is not None:

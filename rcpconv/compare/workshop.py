@@ -249,7 +249,7 @@ class Workshop:
             "settings": self.comparison.variant(cell.variant).settings,
             "rates": {"lr": c.lr, "quantizer_lr": c.quantizer_lr, "clip_lr": c.clip_lr} if plan.steps else None,
             "steps": plan.steps,
-            "tokens": plan.steps * plan.tokens_per_step,
+            "tokens": plan.rotation_tokens + plan.steps * plan.tokens_per_step,
             "bytes": sizes.total_bytes,
             "bits_per_weight": sizes.bits_per_weight,
             "training_only": isinstance(plan.quantization, ComparisonQuantization),
@@ -277,7 +277,7 @@ class Workshop:
             except (TrainingDiverged, BadCompiler) as error:
                 run.delete()
                 return result | {"failed": str(error)}
-            result |= _progress(run) | self._measured(cell, plan, student, run)
+            result |= _progress(run, plan.rotation_tokens) | self._measured(cell, plan, student, run)
             if cell.kind == FINAL and not result["failed"] and result["curve"][-1][0] < result["tokens"]:
                 result["curve"].append([result["tokens"], result["validation"]["perplexity"]])
             if not (self.keep_runs and cell.kind == FINAL):
@@ -359,13 +359,13 @@ class Workshop:
         }
 
 
-def _progress(run: Run) -> Result:
-    """Speed and curve of a training: (tokens, perplexity on the validation part)."""
+def _progress(run: Run, before: int) -> Result:
+    """Speed and curve of a training: (tokens, perplexity on the validation part). before: tokens of the rotations."""
     lines = read_metrics(run.folder / METRICS)
     speeds = [line["tokens_per_second"] for line in lines]
     return {
         "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first steps wait for the compiler
-        "curve": [[line["tokens"], line["perplexity"]] for line in lines if "perplexity" in line],
+        "curve": [[before + line["tokens"], line["perplexity"]] for line in lines if "perplexity" in line],
         "training_kl": lines[-1]["kl"],
     }
 

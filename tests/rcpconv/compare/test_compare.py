@@ -42,7 +42,7 @@ VARIANTS = {
     "ldp": {"method": "ldp"},
     "seq": {"method": "seq", "r1": False},
     "rtn": {"method": "rtn"},
-    "ldp-a16": {"a_bits": 16, "group_size": 64},
+    "ldp-a16": {"a_bits": 16, "group_size": 64, "rotation_steps": 2},
 }
 TOKENS_PER_STEP = 32
 
@@ -129,6 +129,9 @@ def test_what_is_left(finished: Path) -> None:
     assert not rows["ldp"]["training_only"]
     assert rows["ldp-a16"]["bits_per_weight"] > rows["ldp"]["bits_per_weight"], "smaller groups have more levels"
     assert rows["rtn"]["tokens"] == 0
+    for name in ("ldp", "ldp-a16"):  # the rotations' tokens, too
+        assert rows[name]["tokens"] == rows[name]["curve"][-1][0] == 8 * TOKENS_PER_STEP
+    assert len(rows["ldp-a16"]["curve"]) == 2 and rows["ldp-a16"]["curve"][0][0] > 2 * TOKENS_PER_STEP
     # Of the variants of equal form the better one has both seeds.
     assert sorted(len(rows[name]["seeds"]) for name in ("ldp", "seq")) == [1, 2]
     assert len(rows["ldp-a16"]["seeds"]) == len(rows["rtn"]["seeds"]) == 1

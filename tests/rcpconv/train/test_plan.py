@@ -78,7 +78,7 @@ def test_groups_of_some_linears_are_of_another_size() -> None:
 
 def test_learning_rotations_takes_time() -> None:
     common, learning = (plan(DEMO, CPU, steps=10, grad_accum=2, rotation_steps=n) for n in (0, 10))
-    assert learning.seconds == pytest.approx(2 * common.seconds)
+    assert 2 * common.seconds < learning.seconds < 3 * common.seconds
     shown = io.StringIO()
     learning.show_summary(Console(file=shown, width=400))
     assert "tokens after 10 for the rotations, about" in shown.getvalue()
