@@ -329,7 +329,7 @@ def test_measurements_scale_what_is_not_certain() -> None:
 
 def measured_cases() -> list[Any]:
     """What measure_training.py found on H200s, the newest first."""
-    folders = (RESULTS / "real-sizes-second", RESULTS / "real-sizes")
+    folders = [RESULTS / f"real-sizes{which}" for which in ("-fourth", "-second", "")]
     found = [r for folder in folders for path in sorted(folder.glob("*.json")) for r in json.loads(path.read_text())]
     return [pytest.param(r, id=r["case"]) for r in found if isinstance(r, dict) and "peak_allocated" in r]
 
@@ -338,9 +338,17 @@ def measured_cases() -> list[Any]:
 def test_estimated_memory_is_what_was_measured(result: dict[str, Any]) -> None:
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in result["settings"].items()}
     architecture, tied = MEASURED[result["case"].split(":")[0]]
-    architecture, config = dataclasses.replace(architecture, tied_table=tied), QuantizeConfig(**settings)
-    found = estimate.memory(config, architecture, planning.quantization_of(config, architecture), "cuda")
+    config, rotations = QuantizeConfig(**settings), result.get("rotations")
+    turned = tied and rotations is not None
+    architecture = dataclasses.replace(architecture, tied_table=tied, head_matrix=turned)
+    quantization = planning.quantization_of(config, architecture)
+    found = estimate.memory(config, architecture, quantization, "cuda")
     assert result["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.06)
+    if rotations is not None:
+        found = estimate.rotation_memory(config, architecture, quantization, "cuda")
+        assert rotations["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.02)
+        seconds = estimate.rotation_seconds(config, architecture, "cuda", result["flops"])
+        assert rotations["seconds"] == pytest.approx(seconds, rel=0.05)
 
 
 def test_small_states_take_time_unless_they_are_compiled() -> None:
