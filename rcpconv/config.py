@@ -365,7 +365,8 @@ class QuantizeConfig:
         group=TRAINING,
         help="Learn the rotations R1 and R2 for so many steps before training, starting from Hadamard "
         "matrices, as SpinQuant does; they are merged into the weights, and where embedding and head share a table, a "
-        "matrix of hidden_size squared is in the file besides. 0: leave them. Default: by --rotation-share.",
+        "matrix of hidden_size squared is in the file besides. Their tokens are part of --tokens, and come on top of "
+        "--steps. 0: leave the Hadamard matrices. Default: by --rotation-share.",
     )
     rotation_share: float = _option(
         0.0,
@@ -373,8 +374,8 @@ class QuantizeConfig:
         low=0,
         high=0.5,
         group=TRAINING,
-        help="Share of --tokens that learns rotations, without --rotation-steps: where the memory of one device holds "
-        "original and model whole meanwhile, and where that makes 20 optimizer steps at least.",
+        help="Share of --tokens (or --steps) that learns rotations, without --rotation-steps, but 5 million tokens at "
+        "most: where each device's memory holds original and model whole meanwhile, and where it makes 20 steps.",
     )
     rotation_lr: float = _option(
         1e-2,
@@ -627,7 +628,7 @@ class QuantizeConfig:
         """Whether each of several processes makes student and teacher whole before it keeps its part of them.
 
         Starts from data (start other than weights) go through all layers before training. With any other setting,
-        layers are shared out as they are made; where rotations are learned, after that, by the first process alone.
+        layers are shared out as they are made; where rotations are learned, after that.
         """
         return self.start != "weights"
 

@@ -240,14 +240,13 @@ def memory(
 
 
 def rotation_memory(
-    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, kind: str
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, kind: str, sequences: int
 ) -> dict[str, int]:
-    """As `memory`, of the one device that learns rotations, before training: layers are computed twice, not compiled.
+    """As `memory`, of each device while rotations are learned in batches of so many sequences.
 
-    One batch of a step is in memory at a time, and no weight has a gradient.
+    Every device has both models whole. Layers are computed twice and not compiled, and no weight has a gradient.
     """
-    a = architecture
-    how = _rotating(config).changed(grad_accum=1, master_weights="fp32", pull=0.0)
+    a, how = architecture, _rotating(config, sequences)
     linear, table = linear_weights(a), a.vocab_size * a.hidden_size
     weights, quantizers = parameters(a, quantization)
     factor = calibration().memory[EAGER]
@@ -265,14 +264,20 @@ def rotation_memory(
     return {name: round(nbytes) for name, nbytes in needs.items()}
 
 
-def rotation_seconds(config: QuantizeConfig, architecture: Architecture, kind: str, flops: float) -> float:
-    """Time of a step of learning rotations, with as many tokens as one of training, on one device."""
-    return _ROTATING * step_seconds(_rotating(config), architecture, kind, flops)
+def rotation_seconds(
+    config: QuantizeConfig, architecture: Architecture, kind: str, flops: float, gpus: int, sequences: int
+) -> float:
+    """Time of a step of learning rotations, with as many tokens as one of training, in batches of so many sequences."""
+    own, batches = own_batches(config, gpus)
+    rotating = _rotating(config, max(1, sequences), own * batches // max(1, sequences))
+    return _ROTATING * step_seconds(rotating, architecture, kind, flops)
 
 
-def _rotating(config: QuantizeConfig) -> QuantizeConfig:
-    """As it is while rotations are learned."""
-    return config.changed(compile="off", grad_checkpointing="on", step_in_backward="off", resample=0.0)
+def _rotating(config: QuantizeConfig, sequences: int, batches: int = 1) -> QuantizeConfig:
+    """As it is while rotations are learned, of one device; an update like that of plain training is counted."""
+    plain = {"optimizer_states": "fp32", "master_weights": "fp32", "ema": 0.0, "pull": 0.0}
+    left_out = {"resample": 0.0, "hidden_loss": 0.0, "step_in_backward": "off", "compile": "off"}
+    return config.changed(grad_checkpointing="on", batch_size=sequences, grad_accum=batches, **plain, **left_out)
 
 
 def _kept_bytes(config: QuantizeConfig) -> int:

@@ -230,7 +230,7 @@ class HeadMatrix(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., C) float32."""
-        return F.linear(half_ste(h), half_ste(self.weight))
+        return F.linear(half_ste(h), half_ste(self.weight).to(h.dtype))
 
     @torch.no_grad()
     def bake(self) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from rcpconv import estimate
 from rcpconv.config import AUTO, DEFAULT_CORPUS, DEMO, UNTRAINED, QuantizeConfig
 from rcpconv.errors import BadOption, NotEnoughMachine
-from rcpconv.runs import CHECKPOINTS
+from rcpconv.runs import CHECKPOINTS, ROTATIONS
 from rcpconv.scheme import read_scheme
 from rcpconv.train.progress import duration
 from rcpformat import spec
@@ -32,8 +32,8 @@ from rcpformat.architecture import Architecture, Quantization
 DEFAULT_TOKENS = 20_000_000
 DEFAULT_SEQ_LEN = 2048
 
-LEAST_ROTATED_STEPS = 20
-"""Optimizer steps' worth of text that a share of the training has to come to for rotations to be learned on it."""
+LEAST_ROTATION_STEPS, MOST_ROTATION_TOKENS = 20, 5_000_000
+"""What a share of the training has to come to for rotations to be learned on it, and what it comes to at most."""
 CPU_SECONDS = 2 * 3600
 """A training that takes longer on a CPU is refused."""
 _USABLE_MEMORY = 0.92
@@ -166,6 +166,10 @@ class Plan:
     checkpoint_bytes: int
     steps: int
     seconds: float
+    rotation_batch: int = 0
+    """Sequences of each process's batches while rotations are learned; 0 where they are not."""
+    rotation_memory: dict[str, int] = field(default_factory=dict)
+    """As `memory`, while rotations are learned, before training; empty where they are not."""
     rotations_need: int = 0
     """Bytes for which rotations are not learned, where their share of the training would be."""
     zero_stage: int = 3
@@ -186,8 +190,8 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """All of `memory`."""
-        return sum(self.memory.values())
+        """All of `memory`, or of `rotation_memory` where that is more."""
+        return max(sum(self.memory.values()), sum(self.rotation_memory.values()))
 
     def shortages(self, folder: Path) -> list[str]:
         """Why this machine will not do, each with its remedy; empty when it will.
@@ -196,16 +200,24 @@ class Plan:
         """
         c, m = self.config, self.machine
         found = []
-        if self.memory_bytes > _USABLE_MEMORY * m.memory_bytes:
-            found.append(f"{size(m.memory_bytes)} of memory are free, about {size(self.memory_bytes)} are needed")
+        training, rotating = sum(self.memory.values()), sum(self.rotation_memory.values())
+        if (folder / ROTATIONS).exists():
+            rotating = 0
+        if training > _USABLE_MEMORY * m.memory_bytes:
+            found.append(f"{size(m.memory_bytes)} of memory are free, about {size(training)} are needed")
         if m.kind == "cpu" and self.seconds > CPU_SECONDS:
             found.append(f"the training would take about {duration(self.seconds)}")
         if found:
             remedy = f"{'' if c.low_memory else '--low-memory, '}a smaller model, or less text (--tokens, --seq-len)"
-            remedy = f"use {remedy}"
+            remedy = f"use {'--rotation-steps 0, ' if self.rotation_memory else ''}{remedy}"
             found = [
                 f"{'; '.join(found)}: use a CUDA GPU with {size(self.least_gpu_bytes())} of free memory, or {remedy}"
             ]
+        if rotating > _USABLE_MEMORY * m.memory_bytes:
+            found.append(
+                f"{size(m.memory_bytes)} of memory are free, about {size(rotating)} are needed to learn rotations: use "
+                f"{'' if c.low_memory else '--low-memory, '}--rotation-steps 0, or a device with more"
+            )
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         disk = shutil.disk_usage(existing).free
         kept = c.keep_checkpoints + 1 if c.checkpoint_every else 1
@@ -234,9 +246,8 @@ class Plan:
     def least_gpu_bytes(self) -> int:
         """Memory that a GPU needs for this training, one sequence at a time."""
         config = self.config.changed(batch_size=1, grad_checkpointing="on", precision="bf16")
-        return round(
-            sum(estimate.memory(config, self.architecture, self.quantization, "cuda").values()) / _USABLE_MEMORY
-        )
+        needed = estimate.memory(config, self.architecture, self.quantization, "cuda")
+        return round(sum(needed.values()) / _USABLE_MEMORY)
 
     def show(self, console: Console) -> None:
         """Print the whole plan as tables."""
@@ -258,7 +269,8 @@ class Plan:
         tokens = self.steps * self.tokens_per_step
         before = f" after {c.rotation_steps:,} for the rotations" if c.rotation_steps else ""
         kept = (
-            f"\nrotations stay Hadamard's: learning them would take {size(self.rotations_need)} of one device's memory"
+            f"\nrotations stay Hadamard's: learning them would take {size(self.rotations_need)} of each device's memory"
+            f"{'' if c.low_memory else ' (less with --low-memory)'}"
             if self.rotations_need
             else ""
         )
@@ -348,16 +360,23 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         tables="one" if one else "two",
         compile=("on" if machine.compiles else "off") if config.compile == AUTO else config.compile,
     )
-    learns = bool(config.rotation_steps) or _rotates(config)
+    learns = (config.r1 or config.r2) and config.steps != 0
+    learns = learns and bool(config.rotation_share if config.rotation_steps is None else config.rotation_steps)
     turned = one and config.r1 and learns  # by a learned rotation, which a head has to turn back
     architecture = replace(architecture, tied_table=one, head_matrix=turned)
     quantization = quantization_of(config, architecture)
     config, memory = _fit_memory(config, architecture, quantization, machine)
-    rotating = estimate.rotation_memory(config, architecture, quantization, machine.kind)
-    if learns and config.rotation_steps is None and sum(rotating.values()) > _USABLE_MEMORY * machine.memory_bytes:
-        plan = make_plan(given.changed(rotation_steps=0), original, tied, machine)
-        return replace(plan, rotations_need=sum(rotating.values()))
-    config = config.changed(rotation_steps=_rotation_steps(config) if learns else 0)
+    rotation_steps = _rotation_steps(config) if learns else 0
+    rotation_batch, rotation_memory = 0, dict[str, int]()
+    if learns:
+        rotation_batch, rotation_memory = _fit_rotations(config, architecture, quantization, machine)
+        needed = sum(rotation_memory.values())
+        if config.rotation_steps is None and (
+            not rotation_steps or needed > _USABLE_MEMORY * machine.memory_bytes
+        ):  # not worth it, or not possible: so without
+            plan = make_plan(given.changed(rotation_steps=0), original, tied, machine)
+            return replace(plan, rotations_need=needed if rotation_steps else 0)
+    config = config.changed(rotation_steps=rotation_steps)
     zero_stage = 3
     if machine.gpus > 1 and not config.starts_whole:
         for stage in (1, 2) if estimate.own_batches(config, machine.gpus)[1] > 1 else (2,):
@@ -365,12 +384,9 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
             if sum(faster.values()) <= _WITH_ROOM[machine.kind] * machine.memory_bytes:
                 zero_stage, memory = stage, faster
                 break
-    if learns:
-        memory = max(memory, rotating, key=lambda each: sum(each.values()))
-    assert config.rotation_steps is not None
-    steps = max(1, round(config.tokens / _step_tokens(config))) if config.tokens else config.steps
-    if config.tokens and config.rotation_share and steps:  # a share of the tokens, and not beside them
-        steps = max(1, steps - config.rotation_steps)
+    steps = config.steps
+    if config.tokens:
+        steps = max(1, round(config.tokens / _step_tokens(config)) - rotation_steps)
     assert steps is not None
     return Plan(
         config=config,
@@ -384,29 +400,36 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         steps=steps,
         seconds=steps
         * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage)
-        + (config.rotation_steps if steps else 0)
-        * estimate.rotation_seconds(config, architecture, machine.kind, machine.flops),
+        + rotation_steps
+        * estimate.rotation_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, rotation_batch),
         zero_stage=zero_stage,
+        rotation_batch=rotation_batch,
+        rotation_memory=rotation_memory,
     )
-
-
-def _rotates(config: QuantizeConfig) -> bool:
-    """Whether rotations should be learned where that is left to the plan; tokens or steps are decided."""
-    if config.rotation_steps is not None or not (config.r1 or config.r2) or config.steps == 0:
-        return False
-    assert config.seq_len is not None
-    sequences = config.step_sequences
-    if config.batch_size is not None and config.grad_accum is not None:
-        sequences = config.batch_size * config.grad_accum
-    steps = config.steps or (config.tokens or 0) / (sequences * config.seq_len)
-    return config.rotation_share * steps >= LEAST_ROTATED_STEPS
 
 
 def _rotation_steps(config: QuantizeConfig) -> int:
     """Decided; each has as many tokens as one of training."""
     if config.rotation_steps is not None:
         return config.rotation_steps
-    return round(config.rotation_share * (config.tokens / _step_tokens(config) if config.tokens else config.steps or 0))
+    tokens = _step_tokens(config)
+    share = config.rotation_share * (config.tokens / tokens if config.tokens else config.steps or 0)
+    found = round(min(share, MOST_ROTATION_TOKENS / tokens))
+    return found if found >= LEAST_ROTATION_STEPS else 0
+
+
+def _fit_rotations(
+    config: QuantizeConfig, architecture: Architecture, quantization: Quantization, machine: Machine
+) -> tuple[int, dict[str, int]]:
+    """The largest batch of a step of learning rotations that fits with room left, or at all, or one; and its memory."""
+    sequences, batches = estimate.own_batches(config, machine.gpus)
+    own = sequences * batches
+    for share in (_WITH_ROOM[machine.kind], _USABLE_MEMORY):
+        for size in (size for size in range(own, 0, -1) if own % size == 0):
+            memory = estimate.rotation_memory(config, architecture, quantization, machine.kind, size)
+            if sum(memory.values()) <= share * machine.memory_bytes:
+                return size, memory
+    return 1, memory
 
 
 def _step_tokens(config: QuantizeConfig) -> int:
@@ -532,8 +555,11 @@ def _memory_table(plan: Plan) -> Table:
     each = "bytes of each GPU" if plan.machine.gpus > 1 else "bytes"
     table = Table("memory for", each, title=f"estimate, {estimate.calibration().says()}", title_justify="left")
     table.columns[1].justify = "right"
+    if plan.rotation_memory:
+        table.add_row("learning rotations, before", size(sum(plan.rotation_memory.values())))
+        table.add_section()
     for name, nbytes in plan.memory.items():
         table.add_row(name, size(nbytes))
     table.add_section()
-    table.add_row("all", size(plan.memory_bytes))
+    table.add_row("all", size(sum(plan.memory.values())))
     return table

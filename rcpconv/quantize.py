@@ -127,7 +127,10 @@ def quantize(
             source = run.source()
             plan = _shared_plan(config, source.architecture, source.tied_embeddings, look_at_machine(config.device))
             if plan.architecture != run.architecture:
-                raise BadRun(f"{run.folder}: {source.name} is no longer the checkpoint that this run began with")
+                raise BadRun(
+                    f"{run.folder}: {source.name} is no longer the checkpoint that this run began with, or rcpconv no "
+                    "longer the version; start a new run"
+                )
             if dry_run:
                 plan.show(console)
                 return distributed.from_first(None)
@@ -374,39 +377,39 @@ def learned_rotations(
     sequences: Sequences | Mixture,
     console: Console,
 ) -> LearnedRotations | None:
-    """What the run folder has, learned now by the first process where it has none; None where the plan wants none.
+    """What the run folder has, learned now where it has none; None where the plan wants none.
 
-    teacher: gives the original, whole. Until the rotations are learned, so is the student, its layers computed twice.
+    teacher: gives the original, whole. Until the rotations are learned, so is the student in every process, its layers
+    computed twice.
     """
     c, a, path = plan.config, plan.architecture, run.folder / ROTATIONS
-    if not c.rotation_steps or not plan.steps:
+    if not plan.rotation_batch:
         return None
-    with distributed.first_before_others():
-        if not path.exists():
-            student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)
-            student.options = dataclasses.replace(student.options, checkpoint_layers=True)
-            size, accum = c.batch_size, c.grad_accum
-            assert size is not None and accum is not None
+    if not distributed.from_first(path.exists()):
+        assert c.batch_size is not None and c.grad_accum is not None and c.rotation_steps is not None
+        student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)
+        student.options = dataclasses.replace(student.options, checkpoint_layers=True)
+        size, all_of_step = plan.rotation_batch, c.batch_size * c.grad_accum
 
-            def batches(step: int) -> list[Tensor]:
-                first = step * size * accum
-                ids = (sequences.batch(first + i * size, size) for i in range(accum))
-                return [torch.from_numpy(each).to(plan.machine.device) for each in ids]
+        def batches(step: int) -> list[Tensor]:
+            own = distributed.own_sequences(step * all_of_step, size, all_of_step // size)
+            return [torch.from_numpy(sequences.batch(*each)).to(plan.machine.device) for each in own]
 
-            learn_rotations(
-                student,
-                teacher(),
-                batches,
-                steps=c.rotation_steps,
-                rate=c.rotation_lr,
-                r1=c.r1 and (a.head_matrix or not a.tied_table),
-                r2=c.r2,
-                tell=lambda text: console.print(text, highlight=False),
-                low_memory=c.low_memory,
-            ).save(path)
-            del student
-            if plan.machine.kind == "cuda":
-                torch.cuda.empty_cache()
+        learned = learn_rotations(
+            student,
+            teacher(),
+            batches,
+            steps=c.rotation_steps,
+            rate=c.rotation_lr,
+            r1=c.r1 and (a.head_matrix or not a.tied_table),
+            r2=c.r2,
+            tell=lambda text: console.print(text, highlight=False),
+            low_memory=c.low_memory,
+        )
+        if not distributed.rank():
+            learned.save(path)
+        del student, learned
+        distributed.wait_for_all()
     return LearnedRotations.load(path)
 
 
@@ -463,6 +466,8 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         student, original = untrained_student(plan, source, learned), teacher()
     else:
         teacher.cache_clear()  # what wrote texts or learned rotations is whole
+        if plan.machine.kind == "cuda":
+            torch.cuda.empty_cache()
         student, original = _sharded(plan, lazy_untrained(plan, source, learned), lazy_original(**how), sequences)
     trainer = Trainer(
         student=student,

@@ -269,6 +269,7 @@ def measure_rotations(plan: Plan) -> dict[str, Any]:
     student, teacher = models(plan, initialise=False)
     student.options = dataclasses.replace(student.options, checkpoint_layers=True)
     assert c.seq_len is not None and c.batch_size is not None and c.grad_accum is not None and c.rotation_steps
+    size, count = plan.rotation_batch, c.batch_size * c.grad_accum // plan.rotation_batch
     texts, device = RandomTokens(c.seq_len, plan.architecture.vocab_size), torch.device(plan.machine.device)
     times: list[float] = []
 
@@ -276,7 +277,7 @@ def measure_rotations(plan: Plan) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
-        parts = (texts.batch(step * c.grad_accum + i, c.batch_size) for i in range(c.grad_accum))
+        parts = (texts.batch(step * count + i, size) for i in range(count))
         return [torch.from_numpy(part).to(device) for part in parts]
 
     r1 = c.r1 and (plan.architecture.head_matrix or not plan.architecture.tied_table)
@@ -284,7 +285,7 @@ def measure_rotations(plan: Plan) -> dict[str, Any]:
     learn_rotations(student, teacher, batches, steps=c.rotation_steps, rate=c.rotation_lr, tell=click.echo, **how)
     batches(0)
     found = [after - before for before, after in itertools.pairwise(times)]
-    estimated = estimate.rotation_memory(c, plan.architecture, plan.quantization, plan.machine.kind)
+    estimated = plan.rotation_memory
     return {
         "seconds": statistics.median(found),
         "times": found,

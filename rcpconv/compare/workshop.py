@@ -249,6 +249,7 @@ class Workshop:
             "settings": self.comparison.variant(cell.variant).settings,
             "rates": {"lr": c.lr, "quantizer_lr": c.quantizer_lr, "clip_lr": c.clip_lr} if plan.steps else None,
             "steps": plan.steps,
+            "rotation_steps": c.rotation_steps,
             "tokens": plan.rotation_tokens + plan.steps * plan.tokens_per_step,
             "bytes": sizes.total_bytes,
             "bits_per_weight": sizes.bits_per_weight,

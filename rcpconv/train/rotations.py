@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
+from rcpconv import distributed
 from rcpconv.errors import TrainingDiverged
 from rcpconv.layers import ActivationQuantizer, HeadMatrix, QuantLinear, QuantTable
 from rcpconv.model import Decoder
@@ -111,10 +112,10 @@ def learn_rotations(
 ) -> LearnedRotations:
     """Learn R1, R2 of every layer, both or neither; the student is as it was in the end. Returns float64 matrices.
 
-    batches: step -> (B, T) ids of each batch, all of one size. rate: the largest one, of Adam, for the entries of
-    Cayley's skew matrices. r1: a model with one table needs a head matrix for it, as its head turns back by Hadamard
-    otherwise. Quantizers need not be initialised. tell: hears of the divergence, in nats. Raises TrainingDiverged where
-    that is not finite.
+    batches: step -> (B, T) ids of this process's batches, as many and of one size in all processes. rate: the largest
+    one, of Adam, for the entries of Cayley's skew matrices. r1: a model with one table needs a head matrix for it, as
+    its head turns back by Hadamard otherwise. Quantizers need not be initialised. tell: hears of the divergence, in
+    nats. Raises TrainingDiverged where that is not finite.
     """
     a, device = student.architecture, student.inv_freq.device
     assert not (r1 and a.tied_table and not a.head_matrix), "one table knows of Hadamard rotations alone"
@@ -125,7 +126,8 @@ def learn_rotations(
         found["r2_LDD"] = _Rotation(a.num_layers, a.head_dim, a.head_dim, device=device)
     if not found:
         return LearnedRotations()
-    optimizer = torch.optim.Adam([p for each in found.values() for p in each.parameters()], lr=rate, betas=BETAS)
+    parameters = [parameter for each in found.values() for parameter in each.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS)
     now, loss = LearnedRotations(), Distillation(kind="kl")
     with _turning(student, lambda: now) as quantizers, _fast_products(device):
         for step in range(steps):
@@ -136,6 +138,10 @@ def learn_rotations(
             for tokens_BT in parts:
                 now = LearnedRotations(**{name: each.weight for name, each in found.items()})
                 kl += distill(student, teacher, tokens_BT, loss, 1 / len(parts), low_memory=low_memory)[1] / len(parts)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    distributed.mean(parameter.grad)
+            kl = distributed.mean(kl)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for quantizer in quantizers:
@@ -144,7 +150,7 @@ def learn_rotations(
                 if not math.isfinite(float(kl)):
                     raise TrainingDiverged(
                         f"rotations: step {step + 1}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now "
-                        f"{rate:.1e}), or no --rotation-steps, in a new run"
+                        f"{rate:.1e}), or --rotation-steps 0, in a new run"
                     )
                 tell(f"rotations: step {step + 1} of {steps}, KL {float(kl):.4f}")
     with torch.no_grad():

@@ -22,6 +22,7 @@ from rcpconv.model import Decoder, build_pieces
 from rcpconv.parts import TrainingParts
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, supposed_machine
 from rcpconv.quantize import quantize
+from rcpconv.runs import ROTATIONS
 from rcpformat.architecture import Architecture
 from shapes import DEMO, LLAMA_2_7B, LLAMA_2_70B, LLAMA_31_405B, LLAMA_32_1B, LLAMA_32_3B, WIKI_22M
 
@@ -89,24 +90,45 @@ def test_a_share_of_the_tokens_learns_rotations_where_that_is_worth_it_and_fits(
     def rotations(architecture: Architecture, machine: Machine, **settings: Any) -> tuple[int, int, int]:
         made = plan(architecture, machine, **({"rotation_share": 0.1, "seq_len": 100} | settings))
         assert made.config.rotation_steps is not None
-        again = plan(architecture, machine, **dataclasses.asdict(made.config))
-        assert (again.steps, again.config, again.architecture) == (made.steps, made.config, made.architecture)
+        again = make_plan(made.config, architecture, settings.get("tied", False), machine)
+        assert again == made, "as a resumed run has it"
+        assert bool(made.rotation_batch) == bool(made.rotation_memory) == bool(made.config.rotation_steps)
         return made.config.rotation_steps, made.rotation_tokens, made.steps
 
     batches = {"batch_size": 4, "grad_accum": 2}
     assert rotations(DEMO, CPU, tokens=240_000, **batches) == (30, 24_000, 270)
     assert rotations(DEMO, CPU, steps=300, **batches) == (30, 24_000, 300)  # beside the steps that are asked for
-    assert rotations(DEMO, CPU, steps=199, **batches) == (0, 0, 199)  # not as much as 20 steps
+    assert rotations(DEMO, CPU, steps=190, **batches) == (0, 0, 190)  # not as much as 20 steps
+    assert rotations(DEMO, CPU, tokens=240_000, batch_size=512, tied=True) == (0, 0, 5)
+    assert rotations(DEMO, CPU, tokens=240_000, grad_accum=100, tied=True) == (0, 0, 24)
     assert rotations(DEMO, CPU, tokens=240_000, r1=False, r2=False, **batches) == (0, 0, 300)
+    assert rotations(DEMO, CPU, tokens=240_000, r1=False, r2=False, rotation_steps=9, **batches) == (0, 0, 300)
     assert rotations(DEMO, CPU, tokens=240_000, rotation_steps=10, **batches) == (10, 8_000, 290)
+    assert rotations(DEMO, CPU, tokens=240_000, rotation_steps=10, rotation_share=0.0, **batches) == (10, 8_000, 290)
     assert rotations(DEMO, CPU, tokens=240_000, method="rtn", **batches) == (0, 0, 0)
+    assert rotations(DEMO, CPU, tokens=240_000_000, **batches)[1] == 5_000_000
     assert rotations(LLAMA_2_7B, H200)[0] > 0
-    big = plan(LLAMA_2_70B, supposed_machine(8, 139 * 2**30), low_memory=True, rotation_share=0.1)
+    assert rotations(LLAMA_32_1B, supposed_machine(64, 139 * 2**30), tokens=5_000_000, seq_len=2048, tied=True)[0] == 0
+    low: dict[str, Any] = {"low_memory": True, "rotation_share": 0.1}
+    big = plan(LLAMA_2_70B, supposed_machine(8, 139 * 2**30), **low)
     assert big.config.rotation_steps == 0 and big.rotations_need > 4 * 69e9
     shown = io.StringIO()
     big.show_summary(Console(file=shown, width=400))
-    assert "rotations stay Hadamard's: learning them would take 398.1 GB of one" in shown.getvalue()
+    assert "rotations stay Hadamard's: learning them would take 398.1 GB of each device's memory" in shown.getvalue()
     assert big.memory == plan(LLAMA_2_70B, supposed_machine(8, 139 * 2**30), low_memory=True).memory
+
+
+def test_rotations_are_learned_in_batches_of_their_own() -> None:
+    """Weights are turned for each batch anew, so that they are as large as memory lets them."""
+    whole = plan(LLAMA_2_7B, supposed_machine(8, 139 * 2**30), rotation_steps=1)
+    assert whole.config.batch_size == 1 and whole.rotation_batch == 1  # of a step's 8 sequences, each GPU has one
+    settings: dict[str, Any] = {"rotation_steps": 1, "batch_size": 1, "grad_accum": 8}
+    one, small = (plan(LLAMA_2_7B, supposed_machine(1, gib * 2**30), **settings) for gib in (139, 64))
+    assert one.rotation_batch == 8 > small.rotation_batch > 0
+    assert one.seconds < small.seconds
+    other = one.config.changed(optimizer_states="int8", hidden_loss=0.5, master_weights="bf16")  # of the training
+    form = one.architecture, one.quantization, "cuda"
+    assert estimate.rotation_memory(other, *form, 8) == one.rotation_memory
 
 
 def test_one_table_has_a_matrix_where_r1_is_learned() -> None:
@@ -256,10 +278,14 @@ def test_models_that_are_whole_at_the_start_count_on_each_gpu(tmp_path: Path) ->
         assert found.memory["original model"] == pytest.approx(teacher, rel=0.01)
         with pytest.raises(NotEnoughMachine, match="GB are needed"):
             found.require_machine(tmp_path)
-    learning = eight(teacher_weights="full", rotation_steps=1)  # by the first GPU alone
-    assert learning.memory["weights"] == pytest.approx(student, rel=0.01)
-    with pytest.raises(NotEnoughMachine, match="GB are needed"):
+    learning = eight(teacher_weights="full", rotation_steps=1)
+    assert learning.memory["weights"] < student / 7
+    assert learning.rotation_memory["weights"] == pytest.approx(student, rel=0.01)
+    needed = "GB are needed to learn rotations: use --rotation-steps 0, or a device with more"
+    with pytest.raises(NotEnoughMachine, match=needed):
         learning.require_machine(tmp_path)
+    (tmp_path / ROTATIONS).touch()
+    assert "rotations" not in str(learning.shortages(tmp_path))
     writing = eight(teacher_weights="full", data=("self",))
     assert writing.memory["original model"] == pytest.approx(teacher, rel=0.01) and not writing.memory["weights"]
     one = {"batch_size": 1, "grad_accum": 1, "grad_checkpointing": "on"}
@@ -345,9 +371,9 @@ def test_estimated_memory_is_what_was_measured(result: dict[str, Any]) -> None:
     found = estimate.memory(config, architecture, quantization, "cuda")
     assert result["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.06)
     if rotations is not None:
-        found = estimate.rotation_memory(config, architecture, quantization, "cuda")
+        found = estimate.rotation_memory(config, architecture, quantization, "cuda", 8)
         assert rotations["peak_allocated"] == pytest.approx(sum(found.values()), rel=0.02)
-        seconds = estimate.rotation_seconds(config, architecture, "cuda", result["flops"])
+        seconds = estimate.rotation_seconds(config, architecture, "cuda", result["flops"], 1, 8)
         assert rotations["seconds"] == pytest.approx(seconds, rel=0.05)
 
 
