@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rcpformat.architecture import Architecture
 from rcpformat.metadata import RcpMetadata
 
 MARK = "<!-- written by rcpconv push; a README.md without this line is never replaced -->"
@@ -143,12 +144,17 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
+def _one_table(architecture: Architecture) -> str:
+    matrix = " and a matrix for the head" if architecture.head_matrix else ""
+    return f", one table{matrix}" if architecture.tied_table else ""
+
+
 def _recipe(metadata: RcpMetadata) -> str:
     a, q = metadata.architecture, metadata.quantization
     rows: dict[str, Any] = {
         "architecture": f"{a.model_type}, {a.num_layers} layers, hidden {a.hidden_size}, vocabulary {a.vocab_size}",
         "weights": f"2 bits ({q.method}), four int8 levels for each {' or '.join(map(str, q.group_sizes))}",
-        "embedding and head": f"{q.embed_bits} and {q.head_bits} bits" + (", one table" if a.tied_table else ""),
+        "embedding and head": f"{q.embed_bits} and {q.head_bits} bits" + _one_table(a),
         "rotations": ", ".join(name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(q, name)) or "none",
     }
     recipe = metadata.provenance.get("recipe")

@@ -170,7 +170,7 @@ def prepare(
     come on top of R1 and R2.
     """
     assert source.tied_embeddings or not one_table, "one table needs tied embeddings"
-    assert learned is None or learned.r1_CC is None or not one_table or head_matrix, "see head_matrix"
+    assert learned is None or learned.r1_CC is None or not one_table or head_matrix, "R1 needs a head matrix"
     architecture = dataclasses.replace(source.architecture, tied_table=one_table, head_matrix=head_matrix)
     return PreparedModel(
         source=source,

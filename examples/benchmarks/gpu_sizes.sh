@@ -6,7 +6,7 @@
 # Each part has a time limit and may fail. As soon as one is done, its output is in OUT/sizes.txt, and all outputs and
 # JSON are in OUT/results.tar.gz. Without parts: the first five, which fit into 9 minutes; name others for another call.
 # They run in the order in which they are named. Parts, with the time that each takes on H200s (measured on 2026-11-29,
-# on two GPUs on 2026-11-30):
+# on two GPUs on 2026-11-30; in brackets: thought):
 #
 #     chain          a checkpoint of random weights, three steps, file, rcp-run bench, sizes    150 s
 #     steps-0        the same checkpoint without training                                      85 s

@@ -124,7 +124,9 @@ class Architecture(_JsonRecord):
         for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_table", "head_matrix"):
             _boolean(owner, name, getattr(self, name))
         if self.head_matrix and not self.tied_table:
-            raise BadMetadata(f"{owner}.head_matrix: true, which is for one table alone, and tied_table is false")
+            raise BadMetadata(
+                f"{owner}.head_matrix: true, but tied_table is false; leave head_matrix out, or have one table"
+            )
         if self.head_dim % 2:
             raise BadMetadata(f"{owner}.head_dim: expected an even number (RoPE works on pairs), found {self.head_dim}")
         if self.num_heads % self.num_kv_heads:

@@ -233,6 +233,14 @@ def _show(
             amounts = ["", "not trained"]
         table.add_row(variant.name, options, *amounts)
     console.print(table)
+    short = [name for name, plan in plans.items() if plan.rotations_need]
+    if short:
+        console.print(
+            f"rotations stay Hadamard's in {', '.join(short)}, for learning them would not fit into memory; others may "
+            "learn them",
+            highlight=False,
+            soft_wrap=True,
+        )
     once = comparison.tokens + points * comparison.sweep_tokens
     again = (comparison.seeds - 1) * min(comparison.best, len(trained)) * comparison.tokens
     seconds = sum(plan.seconds for plan in trained) * once / comparison.tokens
