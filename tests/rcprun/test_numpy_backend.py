@@ -21,8 +21,9 @@ from tiny_rcp import LDP, TINY, write_random
 
 # Both sides are float32 and quantize what they compute: the last bits of a reduction differ, and unless that moves a
 # value over a rounding boundary, nothing else does. Logits are about 10 in size, so this is some 10 last bits. float16
-# heads round their input to 11 bits, so there a last bit may become 2**-11 of one input. With a matrix before such a head,
-# one of its inputs of up to 3 moves all 172 of the head's by 2**-11 of that, and a logit by sqrt(172) times as much: 0.02.
+# heads round their input to 11 bits, so there a last bit may become 2**-11 of one input. With a matrix before such a
+# head, one of its inputs of up to 3 moves all 172 of the head's by 2**-11 of that, and a logit by sqrt(172) times as
+# much: 0.02, and two of them by 0.04.
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 5e-3
 MATRIX_TOLERANCE = 4e-2
