@@ -382,7 +382,7 @@ def learned_rotations(
     teacher: gives the original, whole. Until the rotations are learned, so is the student in every process, its layers
     computed twice.
     """
-    c, a, path = plan.config, plan.architecture, run.folder / ROTATIONS
+    c, path = plan.config, run.folder / ROTATIONS
     if not plan.rotation_batch:
         return None
     if not distributed.from_first(path.exists()):
@@ -401,7 +401,7 @@ def learned_rotations(
             batches,
             steps=c.rotation_steps,
             rate=c.rotation_lr,
-            r1=c.r1 and (a.head_matrix or not a.tied_table),
+            r1=c.r1,
             r2=c.r2,
             tell=lambda text: console.print(text, highlight=False),
             low_memory=c.low_memory,

@@ -60,12 +60,6 @@ class LearnedRotations:
         r1_CC, r2_LDD = (None if each is None else each.to(device) for each in (self.r1_CC, self.r2_LDD))
         return LearnedRotations(r1_CC=r1_CC, r2_LDD=r2_LDD)
 
-    @torch.no_grad()
-    def turn(self, tensors: dict[str, Tensor]) -> None:
-        """Turn a decoder's tensors, which are given by name, in place; on the device of the matrices."""
-        for name, value in tensors.items():
-            value.copy_(self.turned(name, value))
-
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises NotSaved."""
         found = {"r1": self.r1_CC, "r2": self.r2_LDD}

@@ -280,17 +280,15 @@ def measure_rotations(plan: Plan) -> dict[str, Any]:
         parts = (texts.batch(step * count + i, size) for i in range(count))
         return [torch.from_numpy(part).to(device) for part in parts]
 
-    r1 = c.r1 and (plan.architecture.head_matrix or not plan.architecture.tied_table)
-    how: dict[str, Any] = {"r1": r1, "r2": c.r2, "low_memory": c.low_memory}
+    how: dict[str, Any] = {"r1": c.r1, "r2": c.r2, "low_memory": c.low_memory}
     learn_rotations(student, teacher, batches, steps=c.rotation_steps, rate=c.rotation_lr, tell=click.echo, **how)
     batches(0)
     found = [after - before for before, after in itertools.pairwise(times)]
-    estimated = plan.rotation_memory
     return {
         "seconds": statistics.median(found),
         "times": found,
         "peak_allocated": torch.cuda.max_memory_allocated() if cuda else None,
-        "estimated_memory": estimated,
+        "estimated_memory": plan.rotation_memory,
     }
 
 

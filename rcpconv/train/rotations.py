@@ -159,7 +159,7 @@ def learn_rotations(
 
 @contextmanager
 def _fast_products(device: torch.device) -> Iterator[None]:
-    """Within, a GPU multiplies float32 matrices as TF32: turning weights is most of the work."""
+    """Within, a GPU multiplies float32 matrices, as it turns weights, in TF32."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
