@@ -269,8 +269,7 @@ def rotation_seconds(
 ) -> float:
     """Time of a step of learning rotations, with as many tokens as one of training, in batches of so many sequences."""
     own, batches = own_batches(config, gpus)
-    rotating = _rotating(config, max(1, sequences), own * batches // max(1, sequences))
-    return _ROTATING * step_seconds(rotating, architecture, kind, flops)
+    return _ROTATING * step_seconds(_rotating(config, sequences, own * batches // sequences), architecture, kind, flops)
 
 
 def _rotating(config: QuantizeConfig, sequences: int, batches: int = 1) -> QuantizeConfig:

@@ -181,7 +181,7 @@ class Plan:
     @property
     def rotation_tokens(self) -> int:
         """Tokens that rotations are learned on, beside those of `steps`."""
-        return (self.config.rotation_steps or 0) * self.tokens_per_step if self.steps else 0
+        return (self.config.rotation_steps or 0) * self.tokens_per_step
 
     @property
     def tokens_per_step(self) -> int:
@@ -388,6 +388,10 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
     if config.tokens:
         steps = max(1, round(config.tokens / _step_tokens(config)) - rotation_steps)
     assert steps is not None
+    of_machine = (architecture, machine.kind, machine.flops, machine.gpus)
+    seconds = steps * estimate.step_seconds(config, *of_machine, zero_stage=zero_stage)
+    if rotation_steps:
+        seconds += rotation_steps * estimate.rotation_seconds(config, *of_machine, rotation_batch)
     return Plan(
         config=config,
         architecture=architecture,
@@ -398,10 +402,7 @@ def make_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, ma
         memory=memory,
         checkpoint_bytes=estimate.checkpoint_bytes(config, architecture, quantization) if steps else 0,
         steps=steps,
-        seconds=steps
-        * estimate.step_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, zero_stage=zero_stage)
-        + rotation_steps
-        * estimate.rotation_seconds(config, architecture, machine.kind, machine.flops, machine.gpus, rotation_batch),
+        seconds=seconds,
         zero_stage=zero_stage,
         rotation_batch=rotation_batch,
         rotation_memory=rotation_memory,

@@ -5,13 +5,13 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -195,14 +195,14 @@ def _follow(console: Console) -> Run | None:
         return None
     folder, plan, windows = told
     run = Run.open(folder)
-    machine = dataclasses.replace(plan.machine, device=distributed.own_device(plan.machine.device))
-    return _train(run, dataclasses.replace(plan, machine=machine), run.source(), windows, console)
+    machine = replace(plan.machine, device=distributed.own_device(plan.machine.device))
+    return _train(run, replace(plan, machine=machine), run.source(), windows, console)
 
 
 def _shared_plan(config: QuantizeConfig, architecture: Architecture, tied: bool, machine: Machine) -> Plan:
     """The plan, its estimates for one of the processes that train. Raises BadOption."""
     count = distributed.processes()
-    plan = make_plan(config, architecture, tied, dataclasses.replace(machine, gpus=count) if count > 1 else machine)
+    plan = make_plan(config, architecture, tied, replace(machine, gpus=count) if count > 1 else machine)
     if count > 1 and plan.steps:
         assert plan.config.batch_size is not None and plan.config.grad_accum is not None
         distributed.own_sequences(0, plan.config.batch_size, plan.config.grad_accum)
@@ -388,7 +388,7 @@ def learned_rotations(
     if not distributed.from_first(path.exists()):
         assert c.batch_size is not None and c.grad_accum is not None and c.rotation_steps is not None
         student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)
-        student.options = dataclasses.replace(student.options, checkpoint_layers=True)
+        student.options = replace(student.options, checkpoint_layers=True)
         size, all_of_step = plan.rotation_batch, c.batch_size * c.grad_accum
 
         def batches(step: int) -> list[Tensor]:
@@ -420,11 +420,16 @@ def untrained_student(plan: Plan, source: SourceModel, learned: LearnedRotations
 
 def lazy_untrained(plan: Plan, source: SourceModel, learned: LearnedRotations | None = None, **how: Any) -> LazyDecoder:
     """As untrained_student, piece by piece; how: see lazy_student."""
-    c = plan.config
+    c, a = plan.config, plan.architecture
     rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
-    a = plan.architecture
-    tables = {"one_table": a.tied_table, "head_matrix": a.head_matrix}
-    prepared = prepare(source, rotations=rotations, seed=c.seed, learned=learned, **tables)
+    prepared = prepare(
+        source,
+        rotations=rotations,
+        one_table=a.tied_table,
+        head_matrix=a.head_matrix,
+        seed=c.seed,
+        learned=learned,
+    )
     options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
     learning = Learning(
         reach=c.weight_reach,

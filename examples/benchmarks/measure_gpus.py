@@ -234,7 +234,7 @@ def main(
                 f"{row['speedup']:.2f} times the first's{peak}"
             )
 
-        def train() -> None:
+        with nullcontext() if free_gib is None else free_memory(free_gib):
             for count in counts:
                 if (name := f"gpus-{count}") not in found["runs"]:
                     keep(trainings.whole(name, count))
@@ -244,9 +244,6 @@ def main(
             if resume:
                 steps = len(found["runs"][f"gpus-{counts[0]}"]["losses"])
                 keep(trainings.stopped(max(counts), steps // 2, counts[0]))
-
-        with nullcontext() if free_gib is None else free_memory(free_gib):
-            train()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if plot is not None:
