@@ -9,6 +9,10 @@ minimises the (importance-weighted) squared error of weights over the paper's gr
 `rtn`: no clipping and no training. Departure in both: min and max are kept on either side of zero, since the zero point
 cannot follow a group that lies on one side.
 
+The levels of a row's largest group are −2, −1, 0, 1 or −1, 0, 1, 2 times its step, and half of 127 lies between two
+integers, so the scale is _UNEVEN larger than the largest level asks for: otherwise, how a device rounds a quotient would
+decide that group's levels, and compiled layers would train with others than the file has.
+
 Shape suffixes: N out-features, K in-features, G groups along K, g weights of one group.
 """
 
@@ -33,6 +37,8 @@ from rcpconv.quantizers.levels import LAST, EvenLevels
 
 CLIP_GRID = tuple(1 - i / 20 for i in range(11))
 """Shares of minimum and of maximum that the clip search tries, each with each."""
+_UNEVEN = 2.0**-10
+"""With it, a third, half and two thirds of the largest level are all at least 0.06 from where rounding changes."""
 
 
 def min_max_levels(low_NG: Tensor, high_NG: Tensor) -> Tensor:
@@ -70,6 +76,10 @@ class RoundToNearestQuantizer(EvenLevels):
     def levels(self, grouped_NGg: Tensor) -> Tensor:
         """See WeightQuantizer."""
         return min_max_levels(*extremes(grouped_NGg))
+
+    def scale(self, levels_NG4: Tensor) -> Tensor:
+        """See WeightQuantizer."""
+        return super().scale(levels_NG4) * (1 + _UNEVEN)
 
 
 class BitDistillerQuantizer(RoundToNearestQuantizer):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rcpconv.errors import BadCompiler
-from rcpconv.layers import QuantTable
+from rcpconv.layers import QuantLinear, QuantTable
 from rcpconv.model import Decoder, DecoderLayer, LazyDecoder
 from rcpconv.train.losses import chunk_rows
 from rcpconv.train.memory import LeanAdamW
 from rcpformat import spec
 
 ROUNDING = 2.0**-20
-"""A relative change of a layer's input as small as float32 operations in another order make."""
+"""A relative change of a layer's input and weights as small as float32 operations in another order make."""
 _LOSSES, _HEAD_LOSSES = 8, 2
 """Random ones, whose gradients are compared together: those of a clip may happen to cancel for one."""
 _DIFFERENCE = 0.2
@@ -174,22 +175,44 @@ def compare(student: Decoder, compiled: Callable[..., Tensor], x_BTC: Tensor) ->
     """By name, what compiling changes in the gradients of the first layer's parameters and input.
 
     compiled: the first layer, compiled. Another order of operations flips a code now and then. How much that matters
-    depends on how far a gradient's terms cancel (those of a clip nearly do), so it is measured by moving every input by
-    about ROUNDING.
+    depends on how far a gradient's terms cancel (those of a clip nearly do), so it is measured by moving every input and
+    every weight by about ROUNDING.
     """
     found: dict[str, Comparison] = {}
-    eager = student.layers[0].forward
+    first = student.layers[0]
     for seed in range(_LOSSES):
-        three = _three(eager, compiled, x_BTC, seed)
-        _add(found, *(layer_gradients(student, layer, input_BTC, seed) for layer, input_BTC in three))
+        *cases, (_, moved_BTC) = _three(first.forward, compiled, x_BTC, seed)
+        gradients = [layer_gradients(student, layer, input_BTC, seed) for layer, input_BTC in cases]
+        with _moved_weights(first, seed):
+            _add(found, *gradients, layer_gradients(student, first.forward, moved_BTC, seed))
     return found
+
+
+@contextmanager
+def _moved_weights(layer: nn.Module, seed: int) -> Iterator[None]:
+    """Within, every weight of the linears, from which levels follow, is moved by about ROUNDING."""
+    weights = [module.weight for module in layer.modules() if isinstance(module, QuantLinear)]
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1 + ROUNDING * _normal(weight, seed).to(weight.dtype))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+
+
+def _normal(like: Tensor, seed: int) -> Tensor:
+    """Float32 random numbers of a tensor's shape and device, the same for the same seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
 def _three(eager: Callable[..., Tensor], compiled: Callable[..., Tensor], x: Tensor, seed: int) -> list[_Case]:
     """What is compared: eager, compiled, and eager with every input moved by about ROUNDING."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    moved = x * (1 + ROUNDING * torch.randn(x.shape, generator=generator, device=x.device))
-    return [(eager, x), (compiled, x), (eager, moved)]
+    return [(eager, x), (compiled, x), (eager, x * (1 + ROUNDING * _normal(x, seed)))]
 
 
 def _add(found: dict[str, Comparison], eager: Gradients, compiled: Gradients, moved: Gradients) -> None:

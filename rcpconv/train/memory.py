@@ -329,11 +329,16 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         integers, scale = int8_rows(weight.detach().float())
-        # Parameters, for several processes share out those, and not buffers.
-        self.integers = _constant(integers.to(torch.int8))
+        # Parameters, for several processes share out those, and not buffers; and in torch 2.11 none of integers.
+        self.pairs = _constant(integers.to(torch.int8).view(torch.bfloat16))
         self.scale = _constant(scale)
         self.bias = None if bias is None else _constant(bias.detach().float())
         self.dtype = weight.dtype
+
+    @property
+    def integers(self) -> Tensor:
+        """(N, K) int8; K is even."""
+        return self.pairs.view(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) float32."""

@@ -17,10 +17,10 @@ from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
 
 
-def tiny_student(tmp_path, options: ComputeOptions) -> Decoder:
+def tiny_student(tmp_path, options: ComputeOptions, method: str = "ldp") -> Decoder:
     make_tiny_checkpoint("llama3", tmp_path / "model")
     prepared = prepare(load_source(str(tmp_path / "model")))
-    return student_decoder(prepared, Quantization(method="ldp"), options)
+    return student_decoder(prepared, Quantization(method=method), options)
 
 
 def compare(student: Decoder, compiled, x: torch.Tensor) -> None:
@@ -56,6 +56,30 @@ def test_gradients_that_are_wrong_are_told_from_other_rounding(tmp_path) -> None
         assert [fault(name, factor) for factor in (1.0, 1.2, 0.0)] == ["", "", "differs by 100% from"]
     assert [fault(clip, factor, noise=0.9) for factor in (1.0, -0.9, 0.0)] == ["", "", "is 0 times"]
     assert fault(clip, float("nan")) == fault(weight, float("nan")) == "is not finite, unlike"
+
+
+def test_levels_that_rounding_decides_are_no_fault(tmp_path) -> None:
+    """A group with as large a smallest weight as a largest one: its zero point is half way between two integers."""
+    student = tiny_student(tmp_path, ComputeOptions(), method="uniform")
+    layer = student.layers[0]
+    with torch.no_grad():
+        for linear in (layer.attn.k, layer.attn.v):
+            ends = linear.weight.abs().amax(1, keepdim=True)
+            linear.weight.copy_(linear.weight.clamp(-0.9 * ends, 0.9 * ends))
+            linear.weight[:, :1], linear.weight[:, 1:2] = ends, -ends
+
+    def otherwise_rounded(x: torch.Tensor, *rest) -> torch.Tensor:
+        with compiling._moved_weights(layer, seed=100):
+            return layer.forward(x, *rest)
+
+    x = torch.randn(2, 24, student.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    found = compiling.compare(student, otherwise_rounded, x)
+    assert found["attn.k.weight"].relative(found["attn.k.weight"].difference) > 0.2
+    assert [name for name, comparison in found.items() if comparison.fault()] == []
+    before = layer.attn.k.weight.clone()
+    with compiling._moved_weights(layer, seed=0):
+        assert 0 < ((layer.attn.k.weight - before) / before).abs().max() < 8 * compiling.ROUNDING
+    assert torch.equal(layer.attn.k.weight, before)
 
 
 def test_a_compiler_that_loses_gradients_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,7 @@ def test_an_int8_teacher_is_near_the_original_and_smaller(tmp_path: Path, kind: 
     expected = teacher(tokens)
     before = sum(p.nbytes for p in teacher.parameters())
     int8_teacher(teacher)
+    assert all(p.is_floating_point() for p in teacher.parameters()), "FSDP2 of torch 2.11 shares out no others"
     held = sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
     assert held < 0.4 * before
     kl = torch.nn.functional.kl_div(
