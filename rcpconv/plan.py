@@ -467,27 +467,29 @@ def _fit_memory(
 
 
 def _candidates(config: QuantizeConfig, machine: Machine) -> Iterator[QuantizeConfig]:
-    """Combinations of the open settings: first those that change nothing but speed, the fastest first, then others."""
+    """Combinations of the open settings: first those that change nothing but speed, the fastest first, then others.
+
+    With low_memory, the others come before batches so small that a step takes about twice as long.
+    """
     plain = {name: value for name, value in _PLAIN.items() if getattr(config, name) == AUTO}
     now = config.changed(**plain)
-    stages = [now]
+    exact = [now]
     if "grad_checkpointing" in plain:
         now = now.changed(grad_checkpointing="on")
-        stages.append(now)
-    yield from _each(stages, _batches(now, machine.gpus))
-    stages = []
+        exact.append(now)
+    large, small = _batches(now, machine.gpus)
+    saving = []
     for name, value in _savings(config, machine):
         if name in plain:
             now = now.changed(**{name: value})
-            stages.append(now)
-    if stages:
-        yield from _each(stages, _batches(now, machine.gpus))
-
-
-def _each(stages: list[QuantizeConfig], batches: list[list[tuple[int, int]]]) -> Iterator[QuantizeConfig]:
-    for group in batches:
+            saving.append(now)
+    saving_large, saving_small = _batches(now, machine.gpus)
+    order = [(exact, large), (exact, small), (saving, saving_large), (saving, saving_small)]
+    if config.low_memory:
+        order[1], order[2] = order[2], order[1]
+    for stages, batches in order:
         for stage in stages:
-            for size, accum in group:
+            for size, accum in batches:
                 yield stage.changed(batch_size=size, grad_accum=accum)
 
 
@@ -506,8 +508,8 @@ def _savings(config: QuantizeConfig, machine: Machine) -> Iterator[tuple[str, st
                 yield "master_weights", "bf16"
 
 
-def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
-    """Sizes and accumulations of batches, in two groups, larger ones first; each GPU has a share of every step."""
+def _batches(config: QuantizeConfig, gpus: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Sizes and accumulations of large batches, and of small ones; each GPU has a share of every step."""
     total = gpus * math.ceil(config.step_sequences / gpus)
     if config.batch_size is not None:
         sizes = [config.batch_size]
@@ -518,7 +520,7 @@ def _batches(config: QuantizeConfig, gpus: int) -> list[list[tuple[int, int]]]:
     pairs = [
         (size, config.grad_accum or (1 if config.step_in_backward == "on" else max(1, total // size))) for size in sizes
     ]
-    return [pairs[:2], pairs[2:]]
+    return pairs[:2], pairs[2:]
 
 
 def _layers_table(plan: Plan) -> Table:

@@ -46,7 +46,7 @@ only=(--only "${ONLY:-$methods}")
 gpus=$($py -c 'import torch; print(torch.cuda.device_count())')
 status=0
 $py -m rcpconv compare "$model" --out "$work/comparison" --data "$train" --text "$heldout" \
-    --set seq-len=1024 --set step-sequences=8 --lr-grid 4e-4,7e-4,1.2e-3 ${only[@]+"${only[@]}"} \
+    --set seq-len=1024 --set step-sequences=8 --lr-grid 2.3e-4,4e-4,7e-4,1.2e-3 ${only[@]+"${only[@]}"} \
     --tokens 33M --sweep-tokens 8M --seeds 3 --best 2 --jobs "${JOBS:-$((6 * (gpus > 0 ? gpus : 1)))}" \
     --minutes "${MINUTES:-8.7}" "$@" || status=$?
 # Also after an error: what is finished is worth keeping.

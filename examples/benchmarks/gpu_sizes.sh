@@ -20,7 +20,7 @@
 #     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences       251 s
 #     gpus-tests     losses of tiny models on two GPUs, which are those of one; three cases of 50 s  about 150 s
 #     gpus-7b        gpus-1b's for 7B, on two GPUs alone, 16 sequences                          180 s
-#     gpus-7b-80, gpus-7b-48   7B with --low-memory and so many GiB of each of two GPUs     (180 s each)
+#     gpus-7b-80, gpus-7b-48   7B with --low-memory and so many GiB of each of two GPUs     165 s, (230 s)
 #
 # Nothing is drawn anew (resample=0), which would be done for the little text that there is, and not for a text's first time.
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
@@ -131,7 +131,7 @@ gpus() {
     shift 4
     local name=gpus-$shape${AS:-}
     timed "$py" $here/measure_gpus.py "$models/$shape" demo --out "$work/$name.json" --gpus "$numbers" \
-        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --set resample=0 --limit 200 --plot "$work/$name.png" "$@"
+        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --set resample=0 --limit 260 --plot "$work/$name.png" "$@"
 }
 export -f timed checkpoint chain steps_0 measured resume resume_gpus gpus
 
@@ -150,8 +150,8 @@ for name in $parts; do
         resume-gpus) part "$name" 240 bash -c resume_gpus ;;
         gpus-1b) part "$name" 330 bash -c 'gpus "$SHAPE_1B" 1,2 32 8 --yardstick' ;;
         gpus-tests) part "$name" 240 "$py" -m pytest -q -m gpu tests/rcpconv/train/test_gpus.py ;;
-        gpus-7b-80) part "$name" 260 bash -c 'AS=-80 gpus "$SHAPE_7B" 2 16 4 --free-gib 80 --set low_memory' ;;
-        gpus-7b-48) part "$name" 260 bash -c 'AS=-48 gpus "$SHAPE_7B" 2 16 4 --free-gib 48 --set low_memory' ;;
+        gpus-7b-80) part "$name" 260 bash -c 'AS=-80 gpus "$SHAPE_7B" 2 16 3 --free-gib 80 --set low_memory' ;;
+        gpus-7b-48) part "$name" 300 bash -c 'AS=-48 gpus "$SHAPE_7B" 2 16 3 --free-gib 48 --set low_memory' ;;
         gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac

@@ -92,9 +92,10 @@ class Trainings:
     def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
         try:
             code = process.wait(self.limit)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, SystemExit) as stop:
             process.terminate()
-            raise click.ClickException(f"{name}: not done after {self.limit:.0f} s; see --limit") from None
+            why = "stopped" if isinstance(stop, SystemExit) else f"not done after {self.limit:.0f} s; see --limit"
+            raise click.ClickException(f"{name}: {why}\n{self.tail(name)}") from None
         if code:
             raise click.ClickException(f"{name}: exit status {code}\n{self.tail(name)}")
 
@@ -214,6 +215,7 @@ def main(
             raise click.ClickException(f"{out} is of other settings: choose another --out")
         found = before
     folder = Path(tempfile.mkdtemp(prefix="rcp-gpus-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a training said so far is shown
     try:
         trainings = Trainings(model, text, folder, options, sequences, limit)
 

@@ -16,16 +16,20 @@ def validation(result: Result | None) -> float | None:
 
 def swept(comparison: Comparison, folder: Folder, variant: str) -> dict[Rates, float | None]:
     """What every point of the grid gave; empty where there was no sweep, or it is not over."""
-    if len(comparison.grid) == 1 or not comparison.variant(variant).trained:
+    if len(comparison.grid) == 1 or not comparison.swept(variant):
         return {}
     results = {rates: folder.result(Cell(kind=SWEEP, variant=variant, rates=rates)) for rates in comparison.grid}
     return {} if None in results.values() else {rates: validation(result) for rates, result in results.items()}
 
 
 def best_rates(comparison: Comparison, folder: Folder, variant: str) -> Rates | None:
-    """The point of the grid with the lowest perplexity; None where there is none yet, or all failed."""
+    """The point of the grid with the lowest perplexity, there or for the variant whose rates this one takes.
+
+    None where there is none yet, or all failed.
+    """
     if len(comparison.grid) == 1:
         return comparison.grid[0]
+    variant = comparison.variant(variant).rates_of or variant
     found = {rates: value for rates, value in swept(comparison, folder, variant).items() if value is not None}
     return min(found, key=lambda rates: found[rates], default=None)
 

@@ -53,8 +53,9 @@ _FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed
 _FAMILIES = {"ldp-udq": "ldp", "lc": "ldp"}
 """Methods that are ablations of another one."""
 _HASHED_BYTES = 1 << 20
-_MAY_CHANGE = ("variants", "seeds", "best")
+_MAY_CHANGE = ("variants", "seeds", "best", "grid")
 """Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""
+_RATES_OF = "rates_of"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,17 @@ class Variant:
 
     name: str
     settings: dict[str, Any]
+    rates_of: str = ""
+    """The variant whose rates this one takes without a sweep of its own, as an ablation of it may."""
 
     @property
     def trained(self) -> bool:
         """Whether there is anything to train."""
         return trains(self.settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return _plain(self.settings) | ({_RATES_OF: self.rates_of} if self.rates_of else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +178,15 @@ class Comparison:
                 raise BadOption(f"text: {self.text} is trained on; give another text that is held out")
             if not Path(self.text).is_file():
                 raise BadOption(f"text: {self.text}: expected a text file, {DEMO} or {DEFAULT_CORPUS}; found none")
+        known = {variant.name: variant for variant in self.variants}
         for variant in self.variants:
             self.config(Cell(kind=FINAL, variant=variant.name, rates=self.grid[0]))
+            source = variant.rates_of if len(self.grid) > 1 else ""
+            if source and not (source in known and self.swept(source)):
+                raise BadOption(
+                    f"variants.{variant.name}: takes the rates of {source}, which is not compared or has none of its "
+                    f"own; name both, such as --only {source},{variant.name}"
+                )
 
     def variant(self, name: str) -> Variant:
         """The variant of this name."""
@@ -198,9 +212,13 @@ class Comparison:
         return [
             Cell(kind=SWEEP, variant=variant.name, rates=rates)
             for variant in self.variants
-            if variant.trained
+            if self.swept(variant.name)
             for rates in self.grid
         ]
+
+    def swept(self, name: str) -> bool:
+        """Whether a variant has rates of its own, found on the grid."""
+        return self.variant(name).trained and not self.variant(name).rates_of
 
     def method(self, name: str) -> str:
         """A variant's method; that of which it is an ablation, where it is one."""
@@ -215,7 +233,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; equal for equal comparisons, wherever their files are."""
         values = dataclasses.asdict(self)
-        variants = {variant.name: _plain(variant.settings) for variant in self.variants}
+        variants = {variant.name: variant.to_json() for variant in self.variants}
         return values | {
             "model": _content(self.model),
             "data": list(map(_content, self.data)),
@@ -233,6 +251,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name, value in now.items()
         if name not in _MAY_CHANGE and before.get(name) != value
     ]
+    if lost := [rates for rates in before["grid"] if rates not in now["grid"]]:
+        found.append(f"grid was {before['grid']}, is without {', '.join(lost)}; more rates may come to it")
     for name, settings in now["variants"].items():
         earlier = before["variants"].get(name, settings)
         if earlier != settings:
@@ -287,11 +307,15 @@ def read_variants(path: Path | None) -> tuple[dict[str, Any], tuple[Variant, ...
             raise BadOption(f"{where}: {name!r}: expected a name of letters, digits, - and _ (40 at most)")
         if not isinstance(settings, dict):
             raise BadOption(f"{where}: variants.{name}: expected a table of settings, found {settings!r}")
+        rates_of = settings.pop("rates-of", settings.pop(_RATES_OF, ""))
         checked = _checked(settings, f"{where}: variants.{name}")
         for key in _ONLY_COMMON:
             if key in checked:
                 raise BadOption(f"{where}: variants.{name}: {key} is the same for all rows; give it in [common]")
-        rows.append(Variant(name=name, settings=checked))
+        if not isinstance(rates_of, str) or (rates_of and rates_of not in variants):
+            near = _nearest(str(rates_of), variants)
+            raise BadOption(f"{where}: variants.{name}: rates-of: no variant {rates_of!r}{near}")
+        rows.append(Variant(name=name, settings=checked, rates_of=rates_of))
     return common_settings(common, f"{where}: common"), tuple(rows)
 
 

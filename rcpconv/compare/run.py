@@ -228,6 +228,8 @@ def _show(
         options = ", ".join(f"{key} {value}" for key, value in variant.settings.items()) or "as common"
         if plans[variant.name].steps:
             sweep = f"{points} × {comparison.sweep_tokens / 1e6:g} M" if points else "none"
+            if points and variant.rates_of:
+                sweep = f"{variant.rates_of}'s"
             amounts = [sweep, f"{comparison.tokens / 1e6:g} M tokens"]
         else:
             amounts = ["", "not trained"]
@@ -241,16 +243,18 @@ def _show(
             highlight=False,
             soft_wrap=True,
         )
-    once = comparison.tokens + points * comparison.sweep_tokens
+    tokens = dict.fromkeys((name for name, plan in plans.items() if plan.steps), comparison.tokens)
+    for cell in comparison.sweeps():
+        tokens[cell.variant] += comparison.sweep_tokens
     again = (comparison.seeds - 1) * min(comparison.best, len(trained)) * comparison.tokens
-    seconds = sum(plan.seconds for plan in trained) * once / comparison.tokens
+    seconds = sum(plans[name].seconds * amount / comparison.tokens for name, amount in tokens.items())
     seconds += max((plan.seconds for plan in trained), default=0.0) * again / comparison.tokens
     rates = ", ".join(point.label for point in comparison.grid)
     chosen = f"; chosen on {comparison.validation_tokens:,} tokens kept back from the training text" if points else ""
     for line in (
         f"rates     {rates}, the same for every variant{chosen}",
         f"machine   {f'{len(gpus)} × ' if len(gpus) > 1 and jobs > 1 else ''}{machine.name}, {jobs} side by side",
-        f"training  {(len(trained) * once + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
+        f"training  {(sum(tokens.values()) + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
         f"seeds; steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens; about "
         f"{duration(seconds)} one after another, without compilation and evaluation",
         f"folder    {out}",

@@ -21,8 +21,8 @@ from rcpconv.runs import replacing, write_json, write_text
 Rows = list[list[str]]
 HEADINGS = ("variant", "rates", "seeds", "perplexity", "KL", "top-1", "bytes", "bits", "tokens/s")
 _ORIGINAL_NAME = "original, FP16"
-TRAINING_ONLY, AT_THE_EDGE = "*", "^"
-"""Marks of a row that no file can hold, and of rates at an end of the grid."""
+TRAINING_ONLY, AT_THE_EDGE, TAKEN = "*", "^", "="
+"""Marks of a row that no file can hold, of rates at an end of the grid, and of those taken from another variant."""
 
 
 def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, 
     row: dict[str, Any] = {
         "variant": variant.name,
         "settings": variant.settings,
+        "rates_of": variant.rates_of,
         "trained": variant.trained,
         "sweep": {rates.label: value for rates, value in swept.items()},
         "rates": None,
@@ -95,7 +96,7 @@ def rows(summary: Mapping[str, Any]) -> Rows:
         found.append([_ORIGINAL_NAME, "", "", f"{perplexity:.3f}", "", "", f"{nbytes:,}", "16", ""])
     for row in summary["rows"]:
         name = row["variant"] + (TRAINING_ONLY if row.get("training_only") else "")
-        rates = (row["rates"] or "") + (AT_THE_EDGE if row["at_edge"] else "")
+        rates = (row["rates"] or "") + (AT_THE_EDGE if row["at_edge"] else TAKEN if row["rates_of"] else "")
         if "perplexity" not in row:
             state = "failed" if row["failed"] else "to come"
             found.append([name, rates, "", state, *[""] * (len(HEADINGS) - 4)])
@@ -182,11 +183,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{c['common'].get(f'{name}_factor', DEFAULTS[f'{name}_factor']):g} times for {name}s"
         for name in ("quantizer", "clip")
     )
+    sources = sorted({row["rates_of"] for row in summary["rows"] if row["rates_of"]})
+    taken = f" {TAKEN} marks the rates of {' or '.join(sources)}, taken without a sweep." if sources else ""
     swept = (
         f"Rates (weights, or weights:quantizers:clips; what is not given follows from the weights': {times}) are from "
         f"the same grid for every variant: {', '.join(c['grid'])}. Each was tried for {c['sweep_tokens']:,} tokens, "
         f"one seed, and chosen by the perplexity on {c['validation_tokens']:,} tokens kept back from training; "
-        f"{AT_THE_EDGE} marks a choice at an end of the grid."
+        f"{AT_THE_EDGE} marks a choice at an end of the grid.{taken}"
         if len(c["grid"]) > 1
         else f"Rates: {c['grid'][0]} for every variant, not swept."
     )

@@ -10,7 +10,7 @@ minimises the (importance-weighted) squared error of weights over the paper's gr
 cannot follow a group that lies on one side.
 
 The levels of a row's largest group are −2, −1, 0, 1 or −1, 0, 1, 2 times its step, and half of 127 lies between two
-integers, so the scale is _UNEVEN larger than the largest level asks for: otherwise, how a device rounds a quotient would
+integers, so the scale is _UNEVEN larger than the largest level asks for. Otherwise how a device rounds a quotient would
 decide that group's levels, and compiled layers would train with others than the file has.
 
 Shape suffixes: N out-features, K in-features, G groups along K, g weights of one group.

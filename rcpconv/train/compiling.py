@@ -175,16 +175,16 @@ def compare(student: Decoder, compiled: Callable[..., Tensor], x_BTC: Tensor) ->
     """By name, what compiling changes in the gradients of the first layer's parameters and input.
 
     compiled: the first layer, compiled. Another order of operations flips a code now and then. How much that matters
-    depends on how far a gradient's terms cancel (those of a clip nearly do), so it is measured by moving every input and
-    every weight by about ROUNDING.
+    depends on how far a gradient's terms cancel (those of a clip nearly do), so it is measured by moving inputs and
+    weights by about ROUNDING.
     """
     found: dict[str, Comparison] = {}
     first = student.layers[0]
     for seed in range(_LOSSES):
         *cases, (_, moved_BTC) = _three(first.forward, compiled, x_BTC, seed)
-        gradients = [layer_gradients(student, layer, input_BTC, seed) for layer, input_BTC in cases]
+        as_is, other = (layer_gradients(student, layer, input_BTC, seed) for layer, input_BTC in cases)
         with _moved_weights(first, seed):
-            _add(found, *gradients, layer_gradients(student, first.forward, moved_BTC, seed))
+            _add(found, as_is, other, layer_gradients(student, first.forward, moved_BTC, seed))
     return found
 
 

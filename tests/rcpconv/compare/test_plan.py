@@ -12,6 +12,8 @@ from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.config import METHODS
 from rcpconv.errors import BadOption
 
+SEQ = Variant(name="seq", settings={"method": "seq"})
+
 
 def comparison(**changes: Any) -> Comparison:
     values: dict[str, Any] = {
@@ -51,9 +53,30 @@ def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
         swept = whole.config(cell)
         assert (swept.tokens, swept.seed) == (100, 0)
         assert swept.lr == (cell.rates and cell.rates.lr)
-    assert points.keys() == {variant.name for variant in variants} - {"rtn", "ldp-untrained"}
+    ablations = {variant.name for variant in variants if variant.rates_of == "ldp"}
+    assert {name for name in points.keys() | ablations if name.startswith("ldp-no-")} <= ablations
+    assert points.keys() == {variant.name for variant in variants} - {"rtn", "ldp-untrained"} - ablations
     assert set(map(tuple, points.values())) == {whole.grid}
     assert comparison(grid=(Rates(lr=1e-3),)).sweeps() == []
+
+
+def test_ablations_take_the_rates_of_what_they_are_of(tmp_path: Path) -> None:
+    variants = (SEQ, Variant(name="kl", settings={}, rates_of="seq"))
+    whole = comparison(variants=variants)
+    assert {cell.variant for cell in whole.sweeps()} == {"seq"}
+    folder = Folder(tmp_path)
+    (tmp_path / "results").mkdir()
+    assert choice.final(whole, folder, "kl") is None
+    for cell in whole.sweeps():
+        assert cell.rates is not None
+        folder.save(cell, {"failed": None, "validation": {"perplexity": 20 + 1000 * cell.rates.lr}})
+    assert choice.final(whole, folder, "kl") == Cell(kind=FINAL, variant="kl", rates=Rates(lr=1e-4))
+    assert choice.swept(whole, folder, "kl") == {}
+    with pytest.raises(BadOption, match=r"kl: takes the rates of seq, which is not compared .*--only seq,kl"):
+        comparison(variants=variants[1:])
+    with pytest.raises(BadOption, match="takes the rates of kl, which is not compared or has none of its own"):
+        comparison(variants=(*variants, Variant(name="mix", settings={}, rates_of="kl")))
+    assert comparison(variants=variants[1:], grid=(Rates(lr=1e-3),)).sweeps() == []
 
 
 def test_ablations_are_not_another_method(tmp_path: Path) -> None:
@@ -156,6 +179,11 @@ def test_bad_settings(text: str, message: str) -> None:
     [
         ("[variants.a]\nmethd = 'ldp'", r"variants.a: unknown key 'methd'; did you mean 'method'"),
         ("[variants.a]\nmethod = 'qat'", r"variants.a: method: expected one of ldp"),
+        (
+            "[variants.ldp]\n[variants.b]\nrates-of = 'lpd'",
+            r"variants.b: rates-of: no variant 'lpd', did you mean 'ldp'",
+        ),
+        ("[variants.a]\nrates-of = 3", r"variants.a: rates-of: no variant 3"),
         ("[variants.a]\nlr = 1e-3", r"variants.a: lr is the same for all rows; give it as --lr-grid"),
         ("[variants.a]\ntokens = '1M'", r"--tokens"),
         ("[variants.a]\nsteps = 5", r"all rows train equally long"),
@@ -217,6 +245,13 @@ def test_what_may_differ_when_a_folder_is_continued() -> None:
     before = comparison().to_json()
     more = (*comparison().variants, Variant(name="lc", settings={"method": "lc"}))
     assert plan.differences(before, comparison(variants=more, seeds=5, best=2).to_json()) == []
+    wider = comparison(grid=(Rates(lr=3e-5), *comparison().grid)).to_json()
+    assert plan.differences(before, wider) == []
+    assert plan.differences(wider, before) == [
+        "grid was ['3e-5', '0.0001', '0.001'], is without 3e-5; more rates may come to it"
+    ]
     assert plan.differences(before, comparison(tokens=2000).to_json()) == ["tokens was 1000, is 2000"]
+    followed = comparison(variants=(Variant(name="ldp", settings={"method": "ldp"}, rates_of="seq"), SEQ)).to_json()
+    assert plan.differences(before, followed)[0].endswith("is {'method': 'ldp', 'rates_of': 'seq'}")
     other = comparison(variants=(Variant(name="ldp", settings={"method": "seq"}),)).to_json()
     assert plan.differences(before, other) == ["variant ldp was {'method': 'ldp'}, is {'method': 'seq'}"]

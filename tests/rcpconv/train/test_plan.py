@@ -209,6 +209,14 @@ def test_memory_decides_what_is_saved(gib: float, low_memory: bool, savings: tup
     assert again == found
 
 
+def test_low_memory_rounds_states_rather_than_make_steps_of_tiny_batches() -> None:
+    two = supposed_machine(2, 80 * 2**30)
+    found = plan(LLAMA_2_7B, two, low_memory=True, step_sequences=16).config
+    assert (found.batch_size, found.grad_accum, found.optimizer_states, found.teacher_weights) == (8, 2, "bf16", "full")
+    found = plan(LLAMA_2_7B, two, step_sequences=16).config
+    assert (found.batch_size, found.grad_accum, found.optimizer_states) == (1, 16, "fp32")
+
+
 def test_what_fits_is_trained_as_before() -> None:
     for architecture in (DEMO, LLAMA_32_1B, LLAMA_32_3B):
         found = plan(architecture, H200).config

@@ -329,6 +329,7 @@ def test_seq_is_exact_in_the_form() -> None:
     quantizer.initialise(w)
     assert bool((quantizer.bake(w).levels_NG4 == torch.tensor([-3, -1, 1, 3])).all())
 
+
 @pytest.mark.parametrize("method", ["rtn", "uniform"])
 def test_rounding_of_a_quotient_does_not_decide_the_levels_of_a_rows_largest_group(method: str) -> None:
     w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
@@ -341,7 +342,6 @@ def test_rounding_of_a_quotient_does_not_decide_the_levels_of_a_rows_largest_gro
     assert (own.abs().amax(-1).round() == spec.LEVEL_LIMIT).all()
     halves = (own - own.floor() - 0.5).abs()
     assert halves.min() > 0.05 and (own.abs() / own.abs().amax(-1, keepdim=True) == 0.5).any()
-
 
 
 def test_clip_search_lowers_the_error() -> None:
