@@ -110,6 +110,12 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file, which replaces `path` whole or not at all. Raises NotSaved."""
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def require_room(path: Path, nbytes: int) -> None:
     """Raises NotSaved where the disk that `path` will be on has less than nbytes left."""
     existing = next(folder for folder in path.absolute().parents if folder.exists())
@@ -321,6 +327,14 @@ def held(folder: Path, shown: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within, no other process is within for the same path, which need not be there; waits for those that are."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

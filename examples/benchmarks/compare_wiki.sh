@@ -51,7 +51,7 @@ $py -m rcpconv compare "$model" --out "$work/comparison" --data "$train" --text 
     --minutes "${MINUTES:-8.7}" "$@" || status=$?
 # Also after an error: what is finished is worth keeping.
 [ -e "$work/comparison" ] || exit $status
-tar -cf "$out/state.tar" -C "$work" --exclude=comparison/runs --exclude=comparison/tokens.npy comparison
+tar -cf "$out/state.tar" -C "$work" --exclude=comparison/runs --exclude=comparison/rotations --exclude=comparison/tokens.npy comparison
 for name in compare.md compare.json compare.png; do
     [ ! -e "$work/comparison/$name" ] || cp "$work/comparison/$name" "$out/"
 done

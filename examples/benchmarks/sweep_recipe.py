@@ -16,7 +16,6 @@ is missing. OUT/best.tar is the run whose perplexity on the text kept back is lo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import lzma
 import math
@@ -27,7 +26,6 @@ import tarfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, visible_gpus
 from rcpconv.prepare import original_decoder
 from rcpconv.quantize import EVALUATION_WINDOW, keep_result, learned_rotations, new_run, untrained_student
-from rcpconv.runs import FINISHED, METRICS, Run, now, replacing, write_json
+from rcpconv.runs import FINISHED, METRICS, Run, alone, now, replacing, write_json
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.sampling import sample
@@ -85,14 +83,6 @@ class Job:
     def trains_on_samples(self) -> set[int]:
         """Lengths of sequences that some set wants sampled."""
         return {settings["seq_len"] for _, settings in self.sets if SELF in settings.get("data", ())}
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Within, no other process is within for the same path."""
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def cut_text(train: Path, keep_back: int, work: Path) -> tuple[Path, str]:

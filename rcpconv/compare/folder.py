@@ -6,16 +6,19 @@ runs/<cell>/          run folders of unfinished cells, and those that are kept
 tokens.npy            the training texts, the validation part first
 validation.txt        that part, to read
 self.npy              text sampled from the model, where there is other text too
+rotations/            learned rotations, for all trainings whose settings give the same
 compare.md, compare.json, compare.png
 
-The folder may be moved, also to another machine. tokens.npy, validation.txt and run folders may be left behind: the
-first two are made again, and unfinished trainings begin anew.
+The folder may be moved, also to another machine. tokens.npy, validation.txt, rotations and run folders may be left
+behind: the first three are made again, and unfinished trainings begin anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +30,7 @@ from rcpconv.runs import held, require_free, saving, write_json
 
 PLAN, TOKENS, SAMPLED, VALIDATION = "plan.json", "tokens.npy", "self.npy", "validation.txt"
 MARKDOWN, JSON, PLOT = "compare.md", "compare.json", "compare.png"
-_RESULTS, _RUNS = "results", "runs"
+_RESULTS, _RUNS, _ROTATIONS = "results", "runs", "rotations"
 _ASKED, _SHAPE = "comparison", "shape"
 
 Result = dict[str, Any]
@@ -46,6 +49,13 @@ class Folder:
     def run(self, cell: Cell) -> Path:
         """Where a cell's run folder is."""
         return self.path / _RUNS / cell.name
+
+    def rotations(self, settings: Mapping[str, Any]) -> Path:
+        """The path of what is learned with these settings, of a folder that is there."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.path / _ROTATIONS
+        folder.mkdir(exist_ok=True)
+        return folder / f"{digest}.safetensors"
 
     def result(self, cell: Cell) -> Result | None:
         """What was measured for a cell; None before. Raises BadRun when the file is damaged."""
@@ -108,6 +118,7 @@ def opened(path: Path, comparison: Comparison, shape: Mapping[str, int]) -> Iter
         if not _begun(path):  # what a comparison left that found no beginning is of no use to this one
             for name in (PLAN, TOKENS, SAMPLED, VALIDATION):
                 (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / _ROTATIONS, ignore_errors=True)
         before = _read(path / PLAN)[_ASKED]["variants"] if (path / PLAN).exists() else {}
         asked = comparison.to_json()
         asked["variants"] = before | asked["variants"]  # results of all that ever were compared here stay

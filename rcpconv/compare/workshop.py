@@ -26,7 +26,7 @@ from rcpconv.checkpoint import SourceModel
 from rcpconv.compare.folder import SAMPLED, TOKENS, VALIDATION, Folder, Result
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.score import score
-from rcpconv.config import SELF, QuantizeConfig
+from rcpconv.config import FORM, OPTIONS, SELF, QuantizeConfig
 from rcpconv.errors import BadCompiler, BadTrainingData, NotEnoughMachine, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize
 from rcpconv.generation import GenerationResult, Task, measured
@@ -45,7 +45,7 @@ from rcpconv.quantize import (
     written_rows,
 )
 from rcpconv.rotations import LearnedRotations
-from rcpconv.runs import FINISHED, METRICS, RUNNING, Run, locked, now, write_text
+from rcpconv.runs import FINISHED, METRICS, ROTATIONS, RUNNING, Run, alone, copy_file, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Trainer
@@ -58,6 +58,12 @@ _SMALL = 0.05
 """Share of the device's memory that a second student may take."""
 _ROOM = 2
 """The validation part ends where a document does, and is at most so many times as long as asked."""
+_ROTATIONS_FOLLOW_FROM = (
+    *(name for name, option in OPTIONS.items() if option.group == FORM and name != "method"),
+    *("seq_len", "batch_size", "grad_accum", "rotation_steps", "rotation_lr", "a_clip", "seed"),
+    *("self_share", "precision", "teacher_weights", "low_memory"),
+)
+"""Settings that rcpconv.train.rotations knows of, beside what is the same in all of a comparison. No method is."""
 
 
 def plan_cell(
@@ -261,7 +267,7 @@ class Workshop:
         with self._run(cell, plan) as run:
             teacher, sequences = self.teacher(c.precision == "bf16"), self._sequences(c)
             try:
-                learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+                learned = self._rotations(run, plan, teacher, sequences)
                 student = self._student(cell, plan, learned)
                 Trainer(
                     student=student,
@@ -291,6 +297,22 @@ class Workshop:
         if self._sampled is None:
             return rest
         return Mixture(Sequences(self._sampled, c.seq_len, c.seed), rest, c.self_share)
+
+    def _rotations(
+        self, run: Run, plan: Plan, teacher: Decoder, sequences: Sequences | Mixture
+    ) -> LearnedRotations | None:
+        """As learned_rotations; learned once for all variants, rates and processes that would learn the same."""
+        if not plan.rotation_batch:
+            return None
+        settings = {name: getattr(plan.config, name) for name in _ROTATIONS_FOLLOW_FROM}
+        kept, own = self.folder.rotations(settings | {"batch": plan.rotation_batch}), run.folder / ROTATIONS
+        with alone(kept):
+            if kept.exists() and not own.exists():
+                copy_file(kept, own)
+            learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+            if not kept.exists():
+                copy_file(own, kept)
+        return learned
 
     def _student(self, cell: Cell, plan: Plan, learned: LearnedRotations | None = None) -> Decoder:
         """As it starts; the last one is kept where it is small, since the next thing that changes is the rates."""

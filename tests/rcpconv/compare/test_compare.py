@@ -33,8 +33,10 @@ from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.export import export
 from rcpconv.plan import Machine, visible_gpus
 from rcpconv.prepare import original_decoder
-from rcpconv.runs import Run
+from rcpconv.rotations import LearnedRotations
+from rcpconv.runs import ROTATIONS, Run
 from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.rotations import learn_rotations
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 
 SETTINGS = {"seq_len": 16, "batch_size": 2, "grad_accum": 1, "log_every": 2}
@@ -111,7 +113,7 @@ def finished(place: Path) -> Path:
 
 def test_what_is_left(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        *(".lock", PLAN, "results", "runs", "tokens.npy", "validation.txt"),
+        *(".lock", PLAN, "results", "rotations", "runs", "tokens.npy", "validation.txt"),
         *("compare.md", "compare.json", "compare.png"),
     }
     summary = json.loads((finished / "compare.json").read_text())
@@ -156,6 +158,34 @@ def test_what_is_left(finished: Path) -> None:
         "128 tokens, one seed",
     ):
         assert part in text, part
+
+
+def test_rotations_are_learned_once_for_all_that_learn_the_same(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[int] = []
+
+    def counting(*arguments: Any, **more: Any) -> LearnedRotations:
+        learned.append(more["steps"])
+        return learn_rotations(*arguments, **more)
+
+    monkeypatch.setattr("rcpconv.quantize.learn_rotations", counting)
+    settings: dict[str, dict[str, Any]] = {
+        "ldp": {},
+        "seq": {"method": "seq"},
+        "kl": {"loss": "kl"},
+        "a8": {"a_bits": 8},
+        "none": {"r1": False, "r2": False},
+    }
+    variants = tuple(Variant(name=name, settings=each) for name, each in settings.items())
+    common, out = SETTINGS | {"rotation_steps": 2}, tmp_path / "out"
+    work(place, out, variants=variants, common=common, seeds=1, keep_runs=True)
+    assert learned == [2, 2], "for ldp and a8"
+    runs = {path.name.partition(".")[0]: path for path in (out / "runs").iterdir()}
+    assert not (runs.pop("none") / ROTATIONS).exists()
+    contents = {name: (path / ROTATIONS).read_bytes() for name, path in runs.items()}
+    assert contents["ldp"] == contents["seq"] == contents["kl"] != contents["a8"]
+    assert export(Run.open(runs["seq"]), tmp_path / "seq.rcp").nbytes > 0
 
 
 def test_every_trained_variant_had_the_same_grid_and_the_best_of_it_was_taken(finished: Path) -> None:
