@@ -10,25 +10,24 @@
 # last lines means: call again, with the same options. PY is the Python to use, MINUTES what compare may take, JOBS how
 # many trainings there are side by side (six a GPU).
 #
-# ONLY says which variants: the trained methods and what is not trained where it is not given, all where it is "all".
-# A comparison of methods that is over may be gone on with as one of all.
+# ONLY says which variants: the methods, and what is not trained, where it is not given; all, ablations and the papers'
+# recipes too, where it is "all". A comparison of methods that is over may be gone on with as one of all. That of 2026-11-30
+# is in results/wiki-llama-22m-compare: its state.tar.xz may be the STATE of another call, with --generations 64.
 #
 # Every variant has quantize's defaults (rcpconv/recipes/default.toml: rotations learned on 7.5% of the tokens, KL and a tenth
 # of cross-entropy, 15% of the tokens of repeated text drawn anew, quantizers and clips at 2.5 times the weights' rate,
 # falling to 0 in a line, activation clips from 0.8), which are the best recipe measured for ldp, in steps of 8 sequences,
-# and is swept over the same three rates: the best one of that recipe, 4e-4, and two above it, which seq was better with.
+# and is swept over the same four rates: the best one of that recipe, 4e-4, one below it and two above it. Ablations take
+# ldp's.
 #
-# Estimate for wiki-llama-22m, from what 33 M tokens took on H200s in batches of 8 (docs/log.md, 2026-11-29 and 30): a GPU
-# trains 585,000 tokens/s in all, whether four, six or more share it; 30 to 50 s are start and compilation, and measuring
-# (text kept back, held-out) takes 25 to 35 s. Tokens drawn anew, from a text's second time on, cost a sixth more, and
-# learning rotations takes three times as long as training on as many tokens. Not measured as a whole.
+# Measured with wiki-llama-22m on two H200s, twelve trainings at a time and two of 100 M beside them (docs/log.md,
+# 2026-11-30): a sweep of 15 of 8 M tokens (and 9 that ended at once), and the beginning of five finals of 33 M 546 s; the
+# rest of those with 64 generations each 248 s; two more seeds of two of them, four at a time, 399 s. A GPU trains 300,000
+# tokens/s in all with two trainings at a time, and 500,000 with six; 30 to 50 s are start and compilation. Rotations were
+# learned by each training then, which took about a fifth of the time.
 #
-#   phase                            tokens      one GPU, 6 at a time      two GPUs, 12 at a time
-#   sweep: 24 of 8 M                 192 M       380 s + 4 starts          190 s + 2
-#   final: 8 of 33 M, one seed       264 M       590 s + 2                 295 s + 1
-#   two more seeds of the best two   132 M       295 s + 1                 150 s + 1
-#   in calls of 9 minutes                        5                         3
-#   19 ablations after that          627 M       1,400 s, 5 calls          700 s, 2 calls
+# Estimate for what is left: a sweep of 29 (uniform's, the papers' and the new rate) 290 s; finals of six to eleven 300 to
+# 450 s; 19 ablations 700 s in two calls.
 #
 # Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail
