@@ -331,8 +331,13 @@ def held(folder: Path, shown: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Within, no other process is within for the same path, which need not be there; waits for those that are."""
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    """Within, no other process is within for the same path, which need not be there; waits for those that are.
+
+    Raises NotSaved where its folder cannot be written to.
+    """
+    with saving(path):
+        file = path.with_name(f".{path.name}.lock").open("w")
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

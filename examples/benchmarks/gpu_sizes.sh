@@ -131,7 +131,7 @@ gpus() {
     shift 4
     local name=gpus-$shape${AS:-}
     timed "$py" $here/measure_gpus.py "$models/$shape" demo --out "$work/$name.json" --gpus "$numbers" \
-        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --set resample=0 --limit 260 --plot "$work/$name.png" "$@"
+        --sequences "$sequences" --set steps="$steps" --set seq_len="$SEQ" --set resample=0 --limit 215 --plot "$work/$name.png" "$@"
 }
 export -f timed checkpoint chain steps_0 measured resume resume_gpus gpus
 
@@ -151,7 +151,7 @@ for name in $parts; do
         gpus-1b) part "$name" 330 bash -c 'gpus "$SHAPE_1B" 1,2 32 8 --yardstick' ;;
         gpus-tests) part "$name" 240 "$py" -m pytest -q -m gpu tests/rcpconv/train/test_gpus.py ;;
         gpus-7b-80) part "$name" 260 bash -c 'AS=-80 gpus "$SHAPE_7B" 2 16 3 --free-gib 80 --set low_memory' ;;
-        gpus-7b-48) part "$name" 300 bash -c 'AS=-48 gpus "$SHAPE_7B" 2 16 3 --free-gib 48 --set low_memory' ;;
+        gpus-7b-48) part "$name" 300 bash -c 'AS=-48 gpus "$SHAPE_7B" 2 16 3 --free-gib 48 --set low_memory --limit 260' ;;
         gpus-7b) part "$name" 260 bash -c 'gpus "$SHAPE_7B" 2 16 5' ;;
         *) echo "no part $name" ;;
     esac

@@ -12,6 +12,7 @@ part() {
     fi
     timeout --kill-after=5 "$limit" "$@" >"$work/$name.txt" 2>&1
     status=$?
+    ((status != 124)) || sleep 2 # for its last words
     {
         echo "== $name: status $status after $((SECONDS - began)) of at most $limit s: ${*//$PWD\//}"
         tail -c 6000 "$work/$name.txt"

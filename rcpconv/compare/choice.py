@@ -15,30 +15,33 @@ def validation(result: Result | None) -> float | None:
 
 
 def swept(comparison: Comparison, folder: Folder, variant: str) -> dict[Rates, float | None]:
-    """What every point of the grid gave; empty where there was no sweep, or it is not over."""
+    """What the points of the grid gave so far; None for one that failed. Empty where there is no sweep."""
     if len(comparison.grid) == 1 or not comparison.swept(variant):
         return {}
     results = {rates: folder.result(Cell(kind=SWEEP, variant=variant, rates=rates)) for rates in comparison.grid}
-    return {} if None in results.values() else {rates: validation(result) for rates, result in results.items()}
+    return {rates: validation(result) for rates, result in results.items() if result is not None}
 
 
-def best_rates(comparison: Comparison, folder: Folder, variant: str) -> Rates | None:
+def best_rates(comparison: Comparison, folder: Folder, variant: str, so_far: bool = False) -> Rates | None:
     """The point of the grid with the lowest perplexity, there or for the variant whose rates this one takes.
 
-    None where there is none yet, or all failed.
+    None where there is none yet, or all failed. so_far: choose also where the sweep is not over.
     """
     if len(comparison.grid) == 1:
         return comparison.grid[0]
     variant = comparison.variant(variant).rates_of or variant
-    found = {rates: value for rates, value in swept(comparison, folder, variant).items() if value is not None}
+    points = swept(comparison, folder, variant)
+    if len(points) < len(comparison.grid) and not so_far:
+        return None
+    found = {rates: value for rates, value in points.items() if value is not None}
     return min(found, key=lambda rates: found[rates], default=None)
 
 
-def final(comparison: Comparison, folder: Folder, variant: str, seed: int = 0) -> Cell | None:
-    """A variant's cell for the table; None where its rates are not chosen."""
+def final(comparison: Comparison, folder: Folder, variant: str, seed: int = 0, so_far: bool = False) -> Cell | None:
+    """A variant's cell for the table; None where its rates are not chosen. so_far: see best_rates."""
     if not comparison.variant(variant).trained:
         return Cell(kind=FINAL, variant=variant, seed=seed)
-    rates = best_rates(comparison, folder, variant)
+    rates = best_rates(comparison, folder, variant, so_far)
     return None if rates is None else Cell(kind=FINAL, variant=variant, rates=rates, seed=seed)
 
 
@@ -46,7 +49,7 @@ def ranked(comparison: Comparison, folder: Folder) -> list[list[str]]:
     """The variants that are trained and of equal form, by method: the best first, in a method and of methods."""
     found = {}
     for variant in comparison.variants:
-        cell = final(comparison, folder, variant.name)
+        cell = final(comparison, folder, variant.name, so_far=True)
         value = validation(folder.result(cell)) if cell is not None else None
         if variant.trained and comparison.of_equal_form(variant.name) and value is not None:
             found[variant.name] = value

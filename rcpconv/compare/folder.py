@@ -10,7 +10,8 @@ rotations/            learned rotations, for all trainings whose settings give t
 compare.md, compare.json, compare.png
 
 The folder may be moved, also to another machine. tokens.npy, validation.txt, rotations and run folders may be left
-behind: the first three are made again, and unfinished trainings begin anew.
+behind: the first three are made again, and unfinished trainings begin anew. Where rates come to the grid, results and
+run folders of finals at those that were best before stay, and are not in the table.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Folder:
         """The path of what is learned with these settings, of a folder that is there."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.path / _ROTATIONS
-        folder.mkdir(exist_ok=True)
+        with saving(folder):
+            folder.mkdir(exist_ok=True)
         return folder / f"{digest}.safetensors"
 
     def result(self, cell: Cell) -> Result | None:

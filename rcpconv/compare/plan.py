@@ -253,10 +253,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     if lost := [rates for rates in before["grid"] if rates not in now["grid"]]:
         found.append(f"grid was {before['grid']}, is without {', '.join(lost)}; more rates may come to it")
-    for name, settings in now["variants"].items():
-        earlier = before["variants"].get(name, settings)
+    for name, variant in now["variants"].items():
+        earlier, settings = ({**each, _RATES_OF: None} for each in (before["variants"].get(name, variant), variant))
         if earlier != settings:
-            found.append(f"variant {name} was {earlier!r}, is {settings!r}")
+            found.append(f"variant {name} was {before['variants'][name]!r}, is {variant!r}")
     return found
 
 
@@ -307,8 +307,11 @@ def read_variants(path: Path | None) -> tuple[dict[str, Any], tuple[Variant, ...
             raise BadOption(f"{where}: {name!r}: expected a name of letters, digits, - and _ (40 at most)")
         if not isinstance(settings, dict):
             raise BadOption(f"{where}: variants.{name}: expected a table of settings, found {settings!r}")
-        rates_of = settings.pop("rates-of", settings.pop(_RATES_OF, ""))
-        checked = _checked(settings, f"{where}: variants.{name}")
+        given = [key for key in settings if key.replace("-", "_") == _RATES_OF]
+        if len(given) > 1:
+            raise BadOption(f"{where}: variants.{name}: {given[1]!r} is given twice")
+        rates_of = settings[given[0]] if given else ""
+        checked = _checked({k: v for k, v in settings.items() if k not in given}, f"{where}: variants.{name}")
         for key in _ONLY_COMMON:
             if key in checked:
                 raise BadOption(f"{where}: variants.{name}: {key} is the same for all rows; give it in [common]")

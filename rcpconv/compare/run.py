@@ -161,11 +161,11 @@ def _phases(
             if (earlier := folder.result(cell)) is None:
                 left.append(cell)
             else:
-                clock.took(cell, earlier["seconds"])
+                clock.took(cell, earlier["seconds"], earlier.get("rotation_seconds", 0.0))
         done = len(cells) - len(left)
         for cell, result in work.each(left, clock.may):
             done += 1
-            clock.took(cell, result["seconds"])
+            clock.took(cell, result["seconds"], result.get("rotation_seconds", 0.0))
             console.print(f"{done}/{len(cells)} {_line(cell, result)}", highlight=False, soft_wrap=True)
             write_tables(folder, summarise(comparison, folder, about))
         summary = summarise(comparison, folder, about)
@@ -252,7 +252,7 @@ def _show(
     rates = ", ".join(point.label for point in comparison.grid)
     chosen = f"; chosen on {comparison.validation_tokens:,} tokens kept back from the training text" if points else ""
     for line in (
-        f"rates     {rates}, the same for every variant{chosen}",
+        f"rates     {rates}, the same for every variant{' with a sweep' if points else ''}{chosen}",
         f"machine   {f'{len(gpus)} × ' if len(gpus) > 1 and jobs > 1 else ''}{machine.name}, {jobs} side by side",
         f"training  {(sum(tokens.values()) + again) / 1e6:,.4g} M tokens in all, of them {again / 1e6:,.4g} M for more "
         f"seeds; steps of {shape['batch_size']} × {shape['grad_accum']} sequences × {shape['seq_len']} tokens; about "

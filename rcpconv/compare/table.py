@@ -21,8 +21,9 @@ from rcpconv.runs import replacing, write_json, write_text
 Rows = list[list[str]]
 HEADINGS = ("variant", "rates", "seeds", "perplexity", "KL", "top-1", "bytes", "bits", "tokens/s")
 _ORIGINAL_NAME = "original, FP16"
-TRAINING_ONLY, AT_THE_EDGE, TAKEN = "*", "^", "="
-"""Marks of a row that no file can hold, of rates at an end of the grid, and of those taken from another variant."""
+TRAINING_ONLY, AT_THE_EDGE, TAKEN, SO_FAR = "*", "^", "=", "?"
+"""Marks of a row that no file can hold, and of rates: at an end of the grid, taken from another variant, the best of a
+sweep that is not over."""
 
 
 def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,17 +44,21 @@ def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) 
 
 def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, Any]:
     swept = choice.swept(comparison, folder, variant.name)
-    cells = [choice.final(comparison, folder, variant.name, seed) for seed in range(comparison.seeds)]
+    points = choice.swept(comparison, folder, variant.rates_of) if _takes_rates(comparison, variant) else swept
+    over = len(points) == len(comparison.grid)
+    of = variant.rates_of if points is not swept else "the grid"
+    cells = [choice.final(comparison, folder, variant.name, seed, so_far=True) for seed in range(comparison.seeds)]
     results = [result for cell in cells if cell is not None and (result := folder.result(cell)) is not None]
     row: dict[str, Any] = {
         "variant": variant.name,
         "settings": variant.settings,
-        "rates_of": variant.rates_of,
+        "rates_of": variant.rates_of if _takes_rates(comparison, variant) else None,
+        "sweep_over": over or not points,
         "trained": variant.trained,
         "sweep": {rates.label: value for rates, value in swept.items()},
         "rates": None,
         "at_edge": False,
-        "failed": "every rate of the grid failed" if swept and set(swept.values()) == {None} else None,
+        "failed": f"every rate of {of} failed" if over and set(points.values()) == {None} else None,
         "seeds": [],
     }
     rates = cells[0].rates if cells[0] is not None else None
@@ -71,6 +76,10 @@ def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, 
         for key in ("perplexity", "kl", "top1"):
             row[key] = mean_and_deviation([result["heldout"][key] for result in good])
     return row
+
+
+def _takes_rates(comparison: Comparison, variant: Variant) -> bool:
+    return bool(variant.trained and variant.rates_of and len(comparison.grid) > 1)
 
 
 def _of_seed(result: Result) -> dict[str, Any]:
@@ -96,7 +105,8 @@ def rows(summary: Mapping[str, Any]) -> Rows:
         found.append([_ORIGINAL_NAME, "", "", f"{perplexity:.3f}", "", "", f"{nbytes:,}", "16", ""])
     for row in summary["rows"]:
         name = row["variant"] + (TRAINING_ONLY if row.get("training_only") else "")
-        rates = (row["rates"] or "") + (AT_THE_EDGE if row["at_edge"] else TAKEN if row["rates_of"] else "")
+        marks = {SO_FAR: not row["sweep_over"], AT_THE_EDGE: row["at_edge"], TAKEN: row["rates_of"]}
+        rates = row["rates"] + "".join(mark for mark, holds in marks.items() if holds) if row["rates"] else ""
         if "perplexity" not in row:
             state = "failed" if row["failed"] else "to come"
             found.append([name, rates, "", state, *[""] * (len(HEADINGS) - 4)])
@@ -124,9 +134,13 @@ def sweep_rows(summary: Mapping[str, Any]) -> Rows:
     found = []
     for row in summary["rows"]:
         if row["sweep"]:
-            values = [row["sweep"][point] for point in points]
-            found.append([row["variant"], *("failed" if value is None else f"{value:.3f}" for value in values)])
+            found.append([row["variant"], *(_shown_point(row["sweep"], point) for point in points)])
     return found
+
+
+def _shown_point(sweep: Mapping[str, float | None], point: str) -> str:
+    value = sweep.get(point)
+    return f"{value:.3f}" if value is not None else "failed" if point in sweep else "to come"
 
 
 def _generations(summary: Mapping[str, Any]) -> list[GenerationResult]:
@@ -156,6 +170,8 @@ def best_methods(summary: Mapping[str, Any]) -> str:
         return ""
     rows = {row["variant"]: row for row in summary["rows"]}
     first, other = ((found, rows[found["variants"][0]]) for found in summary["methods"][:2])
+    if not all(row["sweep_over"] for row in (first[1], other[1])):
+        return ""
 
     def told(found: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         tried, seeds = len(found["variants"]), len(row["seeds"])
@@ -185,10 +201,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     )
     sources = sorted({row["rates_of"] for row in summary["rows"] if row["rates_of"]})
     taken = f" {TAKEN} marks the rates of {' or '.join(sources)}, taken without a sweep." if sources else ""
+    if not all(row["sweep_over"] for row in summary["rows"]):
+        taken += f" {SO_FAR} marks the best ones so far of a sweep that is not over."
     swept = (
         f"Rates (weights, or weights:quantizers:clips; what is not given follows from the weights': {times}) are from "
-        f"the same grid for every variant: {', '.join(c['grid'])}. Each was tried for {c['sweep_tokens']:,} tokens, "
-        f"one seed, and chosen by the perplexity on {c['validation_tokens']:,} tokens kept back from training; "
+        f"the same grid for every variant that was swept: {', '.join(c['grid'])}. Each was tried for "
+        f"{c['sweep_tokens']:,} tokens, one seed, and chosen by the perplexity on {c['validation_tokens']:,} tokens "
+        f"kept back from training; "
         f"{AT_THE_EDGE} marks a choice at an end of the grid.{taken}"
         if len(c["grid"]) > 1
         else f"Rates: {c['grid'][0]} for every variant, not swept."

@@ -1,6 +1,7 @@
 """Does the cells of a comparison one after another, and keeps between them what they share.
 
-That is the source, both forms of the teacher, tokens, the last student as it started, and (in torch) compiled graphs.
+That is the source, forms of the teacher, tokens, learned rotations (all processes together), the last student as it
+started, and (in torch) compiled graphs.
 The held-out text is read when the first cell is measured on it. Knows nothing of which cells there are.
 """
 
@@ -27,7 +28,7 @@ from rcpconv.compare.folder import SAMPLED, TOKENS, VALIDATION, Folder, Result
 from rcpconv.compare.plan import FINAL, ORIGINAL, Cell, Comparison
 from rcpconv.compare.score import score
 from rcpconv.config import FORM, OPTIONS, SELF, QuantizeConfig
-from rcpconv.errors import BadCompiler, BadTrainingData, NotEnoughMachine, TrainingDiverged
+from rcpconv.errors import BadCompiler, BadRun, BadTrainingData, NotEnoughMachine, TrainingDiverged
 from rcpconv.evaluate import cut, tokenize
 from rcpconv.generation import GenerationResult, Task, measured
 from rcpconv.inspection import model_size
@@ -49,6 +50,7 @@ from rcpconv.runs import FINISHED, METRICS, ROTATIONS, RUNNING, Run, alone, copy
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
 from rcpconv.train.loop import Trainer
+from rcpconv.train.memory import int8_teacher
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.tokens import Mixture, Sequences, cached
 
@@ -95,7 +97,7 @@ class Workshop:
         self.shape, self.keep_runs, self.checkpoint_every = shape, keep_runs, checkpoint_every
         self.console = console or Console(quiet=True)
         self.device = torch.device(machine.device)
-        self._teachers: dict[bool, Decoder] = {}
+        self._teachers: dict[tuple[bool, bool], Decoder] = {}
         self._start: tuple[object, Decoder] | None = None
         compiler = torch._dynamo.config
         compiler.recompile_limit = compiler.accumulated_recompile_limit = _RECOMPILATIONS
@@ -112,13 +114,15 @@ class Workshop:
             config = config.changed(eval_data=str(self.folder.file(VALIDATION)), eval_every=every)
         return dataclasses.replace(plan, config=config)
 
-    def teacher(self, half: bool) -> Decoder:
+    def teacher(self, config: QuantizeConfig) -> Decoder:
         """The original model, as a teacher in training."""
-        if half not in self._teachers:
+        half, int8 = config.precision == "bf16", config.teacher_weights == "int8"
+        key = half, int8
+        if key not in self._teachers:
             dtype = torch.bfloat16 if half else torch.float32
-            options = ComputeOptions(half=half)
-            self._teachers[half] = original_decoder(self.source, dtype, options, self.device)
-        return self._teachers[half]
+            how = {"change": int8_teacher} if int8 else {}
+            self._teachers[key] = original_decoder(self.source, dtype, ComputeOptions(half=half), self.device, **how)
+        return self._teachers[key]
 
     @cached_property
     def original(self) -> Decoder:
@@ -141,7 +145,7 @@ class Workshop:
         return cached(self.folder.file(name), rows, self.source.architecture.vocab_size, limit)
 
     def _sampled_rows(self) -> Iterator[list[int]]:
-        teacher = self.teacher(self._shared.precision == "bf16")
+        teacher = self.teacher(self._shared)
         return sampled_rows(self._shared, self.source, self._wanted, teacher, self.console)
 
     @cached_property
@@ -265,9 +269,11 @@ class Workshop:
         if not plan.steps:
             return result | self._measured(cell, plan, self._student(cell, plan), None)
         with self._run(cell, plan) as run:
-            teacher, sequences = self.teacher(c.precision == "bf16"), self._sequences(c)
+            teacher, sequences = self.teacher(c), self._sequences(c)
             try:
+                began = time.perf_counter()
                 learned = self._rotations(run, plan, teacher, sequences)
+                result["rotation_seconds"] = round(time.perf_counter() - began, 2)
                 student = self._student(cell, plan, learned)
                 Trainer(
                     student=student,
@@ -307,6 +313,11 @@ class Workshop:
         settings = {name: getattr(plan.config, name) for name in _ROTATIONS_FOLLOW_FROM}
         kept, own = self.folder.rotations(settings | {"batch": plan.rotation_batch}), run.folder / ROTATIONS
         with alone(kept):
+            if kept.exists():
+                try:
+                    LearnedRotations.load(kept)
+                except BadRun:  # damaged
+                    kept.unlink()
             if kept.exists() and not own.exists():
                 copy_file(kept, own)
             learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)

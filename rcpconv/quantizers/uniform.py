@@ -9,9 +9,9 @@ minimises the (importance-weighted) squared error of weights over the paper's gr
 `rtn`: no clipping and no training. Departure in both: min and max are kept on either side of zero, since the zero point
 cannot follow a group that lies on one side.
 
-The levels of a row's largest group are −2, −1, 0, 1 or −1, 0, 1, 2 times its step, and half of 127 lies between two
-integers, so the scale is _UNEVEN larger than the largest level asks for. Otherwise how a device rounds a quotient would
-decide that group's levels, and compiled layers would train with others than the file has.
+The levels of a row's largest group are mostly −2, −1, 0, 1 or −1, 0, 1, 2 times its step, and half of 127 lies between
+two integers, so the scale is _UNEVEN larger than the largest level asks for. Otherwise how a device rounds a quotient
+would decide that group's levels, and compiled layers would train with others than the file has.
 
 Shape suffixes: N out-features, K in-features, G groups along K, g weights of one group.
 """

@@ -3,7 +3,7 @@
 torch 2.11 once gave a compiled layer zero gradients without a word (docs/log.md, 2026-11-22), so gradients are compared
 before the first update. Knows nothing of runs.
 
-Shape suffixes: B sequences, T positions, C channels.
+Shape suffixes: B sequences, T positions, C channels; N out-features, G groups, g weights of one group.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rcpconv.errors import BadCompiler
 from rcpconv.layers import QuantLinear, QuantTable
 from rcpconv.model import Decoder, DecoderLayer, LazyDecoder
+from rcpconv.quantizers.base import from_groups, to_groups
 from rcpconv.train.losses import chunk_rows
 from rcpconv.train.memory import LeanAdamW
 from rcpformat import spec
@@ -30,7 +31,8 @@ ROUNDING = 2.0**-20
 _LOSSES, _HEAD_LOSSES = 8, 2
 """Random ones, whose gradients are compared together: those of a clip may happen to cancel for one."""
 _DIFFERENCE = 0.2
-"""How far a compiled tensor of gradients may be from the eager one, beside twice what moved inputs change."""
+"""How far a compiled tensor of gradients may be from the eager one, beside twice what moved inputs and weights
+do."""
 _FACTOR = 4.0
 """How many times larger or smaller a compiled gradient of a single number may be."""
 
@@ -142,7 +144,7 @@ class Comparison:
     difference: float = 0.0
     """Between these two."""
     noise: float = 0.0
-    """Between the eager ones and those with moved inputs."""
+    """Between the eager ones and those with moved inputs and weights."""
 
     def add(self, eager: Tensor, compiled: Tensor, moved: Tensor) -> None:
         """Gradients for one more loss."""
@@ -190,18 +192,22 @@ def compare(student: Decoder, compiled: Callable[..., Tensor], x_BTC: Tensor) ->
 
 @contextmanager
 def _moved_weights(layer: nn.Module, seed: int) -> Iterator[None]:
-    """Within, every weight of the linears, from which levels follow, is moved by about ROUNDING."""
-    weights = [module.weight for module in layer.modules() if isinstance(module, QuantLinear)]
-    before = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(1 + ROUNDING * _normal(weight, seed).to(weight.dtype))
+    """Within, the weights of the linears, from which levels follow, are moved by about ROUNDING, and float32.
+
+    Those of a group by the same amount, so that weights that are equal, as clipped ones are, stay so.
+    """
+    linears = [module for module in layer.modules() if isinstance(module, QuantLinear)]
+    before = [linear.weight.data for linear in linears]
+    for linear in linears:
+        grouped_NGg = to_groups(linear.weight.data.float(), linear.quantizer.group_size)
+        peak_NG1 = grouped_NGg.abs().amax(-1, keepdim=True)
+        moved_NGg = grouped_NGg + ROUNDING * peak_NG1 * _normal(peak_NG1, seed)
+        linear.weight.data = from_groups(moved_NGg, linear.weight.shape[1]).contiguous()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
+        for linear, weight in zip(linears, before, strict=True):
+            linear.weight.data = weight
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:

@@ -330,15 +330,17 @@ class Int8Linear(nn.Module):
         super().__init__()
         integers, scale = int8_rows(weight.detach().float())
         # Parameters, for several processes share out those, and not buffers; and in torch 2.11 none of integers.
-        self.pairs = _constant(integers.to(torch.int8).view(torch.bfloat16))
+        self.width = weight.shape[1]
+        even = F.pad(integers.to(torch.int8), (0, self.width % 2))
+        self.pairs = _constant(even.view(torch.bfloat16))
         self.scale = _constant(scale)
         self.bias = None if bias is None else _constant(bias.detach().float())
         self.dtype = weight.dtype
 
     @property
     def integers(self) -> Tensor:
-        """(N, K) int8; K is even."""
-        return self.pairs.view(torch.int8)
+        """(N, K) int8."""
+        return self.pairs.view(torch.int8)[:, : self.width]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) float32."""

@@ -100,7 +100,9 @@ def without_times(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted((folder / "results").iterdir()):
         result = json.loads(path.read_text())
-        found[path.name] = {key: result[key] for key in result if key not in ("seconds", "tokens_per_second")}
+        found[path.name] = {
+            key: result[key] for key in result if key not in ("seconds", "rotation_seconds", "tokens_per_second")
+        }
     return found
 
 
@@ -387,6 +389,13 @@ def test_nothing_is_begun_that_would_end_too_late(place: Path, tmp_path: Path) -
     again.took(sweep, 70)
     assert again.may(sweep) and not again.may(sweep), "something is begun in every call"
     assert Clock(None, tiny(place)).may(sweep)
+    rotating = Clock(1, tiny(place))
+    for seconds, rotations in ((70, 10), (50, 0), (40, 0)):
+        rotating.took(sweep, seconds, rotations)
+    assert rotating.estimate(final) == 2 * (40 + 10) + 20, "rotations are learned on twice as many tokens, too"
+    rotating.took(final, 90, 15)
+    rotating.took(final, 85)
+    assert rotating.estimate(final) == 100
     said = io.StringIO()
     assert compare(tiny(place), tmp_path / "out", device="cpu", minutes=1e-9, console=Console(file=said)) is None
     assert "1e-09 minutes are over" in said.getvalue()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rcpconv import config
-from rcpconv.compare import choice, plan
+from rcpconv.compare import choice, plan, table
 from rcpconv.compare.folder import Folder
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.config import METHODS
@@ -183,6 +183,7 @@ def test_bad_settings(text: str, message: str) -> None:
             "[variants.ldp]\n[variants.b]\nrates-of = 'lpd'",
             r"variants.b: rates-of: no variant 'lpd', did you mean 'ldp'",
         ),
+        ("[variants.a]\nrates-of = 'a'\nrates_of = 'a'", r"variants.a: 'rates_of' is given twice"),
         ("[variants.a]\nrates-of = 3", r"variants.a: rates-of: no variant 3"),
         ("[variants.a]\nlr = 1e-3", r"variants.a: lr is the same for all rows; give it as --lr-grid"),
         ("[variants.a]\ntokens = '1M'", r"--tokens"),
@@ -252,6 +253,48 @@ def test_what_may_differ_when_a_folder_is_continued() -> None:
     ]
     assert plan.differences(before, comparison(tokens=2000).to_json()) == ["tokens was 1000, is 2000"]
     followed = comparison(variants=(Variant(name="ldp", settings={"method": "ldp"}, rates_of="seq"), SEQ)).to_json()
-    assert plan.differences(before, followed)[0].endswith("is {'method': 'ldp', 'rates_of': 'seq'}")
+    assert plan.differences(before, followed) == [], "it says which cells there are, not what is in one"
     other = comparison(variants=(Variant(name="ldp", settings={"method": "seq"}),)).to_json()
     assert plan.differences(before, other) == ["variant ldp was {'method': 'ldp'}, is {'method': 'seq'}"]
+
+
+def test_tables_while_a_sweep_is_not_over_and_where_all_of_it_failed(tmp_path: Path) -> None:
+    ablation = Variant(name="kl", settings={"loss": "kl"}, rates_of="ldp")
+    plain = Variant(name="rtn", settings={"method": "rtn"}, rates_of="ldp")
+    variants = (*comparison().variants, SEQ, ablation, plain)
+    folder = Folder(tmp_path)
+    (tmp_path / "results").mkdir()
+
+    def result(perplexity: float) -> dict[str, Any]:
+        score = {"perplexity": perplexity, "kl": 0.1, "top1": 0.9}
+        about = {"bytes": 1, "bits_per_weight": 2.0, "training_only": False, "tokens": 1000, "tokens_per_second": 1.0}
+        return {"failed": None, "seed": 0, "validation": score, "heldout": score, **about}
+
+    def shown(whole: Comparison) -> tuple[dict[str, list[str]], str]:
+        summary = table.summarise(whole, folder, {"machine": "", "torch": ""})
+        return {row[0]: row[1:4] for row in table.rows(summary)}, table.markdown(summary)
+
+    whole = comparison(variants=variants, seeds=1)
+    for cell in whole.sweeps():
+        assert cell.rates is not None
+        folder.save(cell, result(1e4 * cell.rates.lr) if cell.variant == "seq" else {"failed": "diverged"})
+    cell = choice.final(whole, folder, "seq")
+    assert cell is not None
+    folder.save(cell, result(20.0))
+    rows, text = shown(whole)
+    assert rows == {
+        "ldp": ["", "", "failed"],
+        "seq": ["0.0001^", "1", "20.000"],
+        "kl": ["", "", "failed"],
+        "rtn": ["", "", "to come"],
+    }
+    assert "kl: failed: every rate of ldp failed" in text and "= marks the rates of ldp" in text
+    wider = comparison(variants=variants, seeds=1, grid=(Rates(lr=3e-5), *whole.grid))
+    rows, text = shown(wider)
+    assert rows["seq"] == ["0.0001?", "1", "20.000"] and "? marks the best ones so far" in text
+    assert "| seq | to come | 1.000 | 10.000 |" in text and rows["ldp"] == ["", "", "to come"]
+    assert choice.final(wider, folder, "seq") is None, "no final is begun before the sweep is over"
+    alone = comparison(variants=(ablation,), seeds=1, grid=whole.grid[:1])
+    folder.save(Cell(kind=FINAL, variant="kl", rates=whole.grid[0]), result(21.0))
+    rows, text = shown(alone)
+    assert rows == {"kl": ["0.0001", "1", "21.000"]} and "=" not in text.partition("##")[0]

@@ -16,9 +16,10 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.prepare import original_decoder, prepare, student_decoder
 from rcpconv.quantize import quantize
+from rcpconv.quantizers.tables import int8_rows
 from rcpconv.runs import Run
 from rcpconv.train.losses import Distillation, distill
-from rcpconv.train.memory import LeanAdamW, StepInBackward, int8_teacher, narrow_weights
+from rcpconv.train.memory import Int8Linear, LeanAdamW, StepInBackward, int8_teacher, narrow_weights
 from rcpconv.train.optimizer import Together, make_optimizer, set_rates
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.update import BLOCK, EightBits, noise_like, stochastic_bfloat16, write
@@ -265,6 +266,23 @@ def test_an_int8_teacher_is_near_the_original_and_smaller(tmp_path: Path, kind: 
         teacher(tokens).log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
     )
     assert kl.sum(-1).mean() < 0.01
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_an_int8_linear_keeps_every_integer(width: int) -> None:
+    weight = torch.randn(300, width, generator=torch.Generator().manual_seed(0))
+    weight[:256, 0] = torch.arange(256) - 128.0  # beside a peak of 127, so every integer is there
+    weight[:, 1] = 127.0
+    linear = Int8Linear(weight, None)
+    integers, scale = int8_rows(weight)
+    assert linear.integers.shape == (300, width)
+    assert torch.equal(linear.integers.float(), integers)
+    assert torch.equal(copy.deepcopy(linear).to("cpu").integers, linear.integers)
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    expected = x @ integers.T * scale
+    torch.testing.assert_close(linear(x), expected)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(linear, backend="aot_eager", fullgraph=True)(x), expected)
 
 
 def test_smaller_chunks_of_logits_change_nothing_but_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
