@@ -207,8 +207,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"Rates (weights, or weights:quantizers:clips; what is not given follows from the weights': {times}) are from "
         f"the same grid for every variant that was swept: {', '.join(c['grid'])}. Each was tried for "
         f"{c['sweep_tokens']:,} tokens, one seed, and chosen by the perplexity on {c['validation_tokens']:,} tokens "
-        f"kept back from training; "
-        f"{AT_THE_EDGE} marks a choice at an end of the grid.{taken}"
+        f"kept back from training; {AT_THE_EDGE} marks a choice at an end of the grid.{taken}"
         if len(c["grid"]) > 1
         else f"Rates: {c['grid'][0]} for every variant, not swept."
     )
