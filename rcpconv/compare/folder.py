@@ -6,7 +6,7 @@ runs/<cell>/          run folders of unfinished cells, and those that are kept
 tokens.npy            the training texts, the validation part first
 validation.txt        that part, to read
 self.npy              text sampled from the model, where there is other text too
-rotations/            learned rotations, for all trainings whose settings give the same
+rotations/            learned rotations, or that they diverge, for all trainings whose settings give the same
 compare.md, compare.json, compare.png
 
 The folder may be moved, also to another machine. tokens.npy, validation.txt, rotations and run folders may be left

@@ -307,12 +307,18 @@ class Workshop:
     def _rotations(
         self, run: Run, plan: Plan, teacher: Decoder, sequences: Sequences | Mixture
     ) -> LearnedRotations | None:
-        """As learned_rotations; learned once for all variants, rates and processes that would learn the same."""
+        """As learned_rotations; learned once for all variants, rates and processes that would learn the same.
+
+        Once, too, where that diverges.
+        """
         if not plan.rotation_batch:
             return None
         settings = {name: getattr(plan.config, name) for name in _ROTATIONS_FOLLOW_FROM}
         kept, own = self.folder.rotations(settings | {"batch": plan.rotation_batch}), run.folder / ROTATIONS
+        diverged = kept.with_suffix(".diverged")
         with alone(kept):
+            if diverged.exists():
+                raise TrainingDiverged(diverged.read_text(encoding="utf-8"))
             if kept.exists():
                 try:
                     LearnedRotations.load(kept)
@@ -320,7 +326,11 @@ class Workshop:
                     kept.unlink()
             if kept.exists() and not own.exists():
                 copy_file(kept, own)
-            learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+            try:
+                learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+            except TrainingDiverged as error:
+                write_text(diverged, str(error))
+                raise
             if not kept.exists():
                 copy_file(own, kept)
         return learned

@@ -10,7 +10,8 @@ import tarfile
 import threading
 import tomllib
 from collections.abc import Iterator
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,20 @@ from rcpconv.compare.folder import PLAN
 from rcpconv.compare.plan import FINAL, Cell, Comparison, Rates, Variant
 from rcpconv.compare.run import _require_room, compare
 from rcpconv.compare.score import score
-from rcpconv.errors import BadOption, BadRun, BadTrainingData, ConversionError, NotEnoughMachine
+from rcpconv.errors import (
+    BadOption,
+    BadRun,
+    BadTrainingData,
+    ConversionError,
+    NotEnoughMachine,
+    TrainingDiverged,
+)
 from rcpconv.evaluate import cut, tokenize, torch_perplexity
 from rcpconv.export import export
 from rcpconv.plan import Machine, visible_gpus
 from rcpconv.prepare import original_decoder
 from rcpconv.rotations import LearnedRotations
-from rcpconv.runs import ROTATIONS, Run
+from rcpconv.runs import ROTATIONS, Run, alone
 from rcpconv.train.loop import Interrupted, Trainer
 from rcpconv.train.rotations import learn_rotations
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
@@ -188,6 +196,44 @@ def test_rotations_are_learned_once_for_all_that_learn_the_same(
     contents = {name: (path / ROTATIONS).read_bytes() for name, path in runs.items()}
     assert contents["ldp"] == contents["seq"] == contents["kl"] != contents["a8"]
     assert export(Run.open(runs["seq"]), tmp_path / "seq.rcp").nbytes > 0
+
+
+def test_rotations_that_diverge_are_learned_once_and_fail_every_row(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def diverging(*_: Any, **more: Any) -> LearnedRotations:
+        tried.append(more["steps"])
+        raise TrainingDiverged("rotations: step 1: KL is not finite. Try --rotation-lr 1e-3")
+
+    monkeypatch.setattr("rcpconv.quantize.learn_rotations", diverging)
+    variants = tuple(Variant(name=name, settings={"method": name}) for name in ("ldp", "seq"))
+    common, grid = SETTINGS | {"rotation_steps": 2}, (Rates(lr=1e-3),)
+    summary = work(place, tmp_path / "out", variants=variants, common=common, grid=grid, seeds=1)
+    assert tried == [2]
+    assert {row["failed"] for row in summary["rows"]} == {"rotations: step 1: KL is not finite. Try --rotation-lr 1e-3"}
+
+
+def test_who_is_killed_lets_the_next_one_in(tmp_path: Path) -> None:
+    path, (ours, theirs) = tmp_path / "file", Pipe()
+    holder = get_context("fork").Process(target=_hold, args=(path, theirs))
+    holder.start()
+    assert ours.recv() == "in"
+    waiting = threading.Thread(target=_hold, args=(path, theirs, True))
+    waiting.start()
+    assert not ours.poll(0.3), "one at a time"
+    holder.kill()
+    holder.join()
+    assert ours.poll(10) and ours.recv() == "in"
+    waiting.join()
+
+
+def _hold(path: Path, pipe: Connection, leave: bool = False) -> None:
+    with alone(path):
+        pipe.send("in")
+        if not leave:
+            threading.Event().wait()
 
 
 def test_every_trained_variant_had_the_same_grid_and_the_best_of_it_was_taken(finished: Path) -> None:
