@@ -43,28 +43,29 @@ def summarise(comparison: Comparison, folder: Folder, about: Mapping[str, Any]) 
 
 
 def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, Any]:
-    swept = choice.swept(comparison, folder, variant.name)
-    points = choice.swept(comparison, folder, variant.rates_of) if _takes_rates(comparison, variant) else swept
+    taken_from = variant.rates_of if variant.trained and len(comparison.grid) > 1 else ""
+    points = choice.swept(comparison, folder, taken_from or variant.name)
     over = len(points) == len(comparison.grid)
-    of = variant.rates_of if points is not swept else "the grid"
     cells = [choice.final(comparison, folder, variant.name, seed, so_far=True) for seed in range(comparison.seeds)]
     results = [result for cell in cells if cell is not None and (result := folder.result(cell)) is not None]
     row: dict[str, Any] = {
         "variant": variant.name,
         "settings": variant.settings,
-        "rates_of": variant.rates_of if _takes_rates(comparison, variant) else None,
+        "rates_of": taken_from or None,
         "sweep_over": over or not points,
         "trained": variant.trained,
-        "sweep": {rates.label: value for rates, value in swept.items()},
+        "sweep": {} if taken_from else {rates.label: value for rates, value in points.items()},
         "rates": None,
         "at_edge": False,
-        "failed": f"every rate of {of} failed" if over and set(points.values()) == {None} else None,
+        "failed": f"every rate of {taken_from or 'the grid'} failed"
+        if over and set(points.values()) == {None}
+        else None,
         "seeds": [],
     }
     rates = cells[0].rates if cells[0] is not None else None
     if rates is not None:
         ends = sorted(comparison.grid, key=lambda point: point.lr)
-        row |= {"rates": rates.label, "at_edge": bool(swept) and rates in (ends[0], ends[-1])}
+        row |= {"rates": rates.label, "at_edge": bool(row["sweep"]) and rates in (ends[0], ends[-1])}
     if not results:
         return row
     good = [result for result in results if not result["failed"]]
@@ -76,10 +77,6 @@ def _row(comparison: Comparison, folder: Folder, variant: Variant) -> dict[str, 
         for key in ("perplexity", "kl", "top1"):
             row[key] = mean_and_deviation([result["heldout"][key] for result in good])
     return row
-
-
-def _takes_rates(comparison: Comparison, variant: Variant) -> bool:
-    return bool(variant.trained and variant.rates_of and len(comparison.grid) > 1)
 
 
 def _of_seed(result: Result) -> dict[str, Any]:

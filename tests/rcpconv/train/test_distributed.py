@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -329,7 +330,7 @@ def test_every_kind_of_states_goes_on(
     """In as many processes to the same bytes, in others to nearly the same figures.
 
     There, bf16 weights are rounded to nearest, for random numbers are others in each process, and Muon's updates are
-    computed in bfloat16. With int8 states too, one process and three differ by 0.75% in a step even without a stop.
+    computed in bfloat16.
     """
     settings = {"batch_size": 6, "grad_accum": 1, "steps": 4, "checkpoint_every": 0} | RESUMED[name]
     if "int8" in settings.values():
@@ -342,8 +343,6 @@ def test_every_kind_of_states_goes_on(
         folder = train(counts[0], **settings)
     train(counts[1])
     rough = 1e-2 if "bf16" in settings.values() or "muon" in settings.values() else 2e-3
-    if "int8" in settings.values() and settings.get("master_weights") == "bf16":
-        rough = 2e-2
     assert figures(folder) == pytest.approx(figures(whole), rel=rough)
     assert figures(folder, 3) == pytest.approx(figures(whole, 3), rel=2e-3), (
         "the third step is the first after the stop"
@@ -352,6 +351,62 @@ def test_every_kind_of_states_goes_on(
         assert figures(folder) == figures(whole)
         for file in ("baked.safetensors", "weights.sha256.json"):
             assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {prefix: state.double()}
+    items = state.items() if isinstance(state, dict) else ()
+    return {name: value for key, each in items for name, value in tensors(each, f"{prefix}.{key}").items()}
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in it, by their keys from the outermost one on."""
+    path = checkpoints.newest(Run.open(folder))
+    assert path is not None
+    if path.is_dir():
+        dcp_to_torch_save(path, folder / "whole.pt")
+        path = folder / "whole.pt"
+    return tensors(torch.load(path, weights_only=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("narrow early", (1, 2)),
+        *(slow(name, counts) for name in ("int8", "bf16 weights, int8", "all early") for counts in ((1, 2), (2, 1))),
+    ],
+)
+def test_states_are_the_same_in_another_number_of_processes(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, counts: tuple[int, int]
+) -> None:
+    """After the first step with them, weights and states are those of a training without a stop.
+
+    But for a rounding here and there. Where a step's states are those of the step before, they are 0.2 to 0.6 off.
+    """
+    settings = {"batch_size": 6, "grad_accum": 1, "steps": 4, "checkpoint_every": 0} | RESUMED[name]
+    if "int8" in settings.values():
+        pytest.importorskip("torchao", reason="the extra low-memory is not installed")
+    monkeypatch.setattr(LeanAdamW, "_random", lambda *_: None)
+
+    def until(step: int, count: int, name: str, **settings: Any) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr("rcpconv.train.loop.rate_factor", stop_at(step))
+            return train(count, name=name, **settings)
+
+    expected = last_checkpoint(until(2, counts[0], "without", **settings))
+    until(1, counts[0], "with", **settings)
+    found = last_checkpoint(until(2, counts[1], "with"))
+    assert found.keys() == expected.keys()
+    kinds: dict[str, list[str]] = {}
+    for key in expected:
+        of, last = key.split(".")[1], key.rpartition(".")[2]
+        kinds.setdefault(f"{of} {last}" if last in ("codes", "scale") else of, []).append(key)
+    assert {"student", "optimizer"} <= kinds.keys()
+    for kind, keys in kinds.items():
+        difference = sum(float((found[key] - expected[key]).square().sum()) for key in keys)
+        size = sum(float(expected[key].square().sum()) for key in keys)
+        assert difference**0.5 < (1e-4 if kind == "student" else 1e-2) * size**0.5, kind
 
 
 @pytest.mark.slow
