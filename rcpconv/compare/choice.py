@@ -46,12 +46,12 @@ def final(comparison: Comparison, folder: Folder, variant: str, seed: int = 0, s
 
 
 def ranked(comparison: Comparison, folder: Folder) -> list[list[str]]:
-    """The variants that are trained and of equal form, by method: the best first, in a method and of methods."""
+    """The variants that may be best, by method: the best first, in a method and of methods."""
     found = {}
     for variant in comparison.variants:
         cell = final(comparison, folder, variant.name, so_far=True)
         value = validation(folder.result(cell)) if cell is not None else None
-        if variant.trained and comparison.of_equal_form(variant.name) and value is not None:
+        if comparison.may_be_best(variant.name) and value is not None:
             found[variant.name] = value
     methods: dict[str, list[str]] = {}
     for name in sorted(found, key=lambda name: found[name]):

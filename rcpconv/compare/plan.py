@@ -225,10 +225,14 @@ class Comparison:
         method = str((self.common | self.variant(name).settings).get("method", DEFAULTS["method"]))
         return _FAMILIES.get(method, method)
 
-    def of_equal_form(self, name: str) -> bool:
-        """Whether a variant has the group size, bit widths and tables that are common to all."""
+    def may_be_best(self, name: str) -> bool:
+        """Whether a variant may be its method's best: with rates of its own, so no ablation, and of the common form.
+
+        That is the group size, bit widths and tables that are common to all.
+        """
         settings = self.variant(name).settings
-        return all(settings.get(key) in (None, self.common.get(key, DEFAULTS[key])) for key in _FORM)
+        of_equal_form = all(settings.get(key) in (None, self.common.get(key, DEFAULTS[key])) for key in _FORM)
+        return self.swept(name) and of_equal_form
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; equal for equal comparisons, wherever their files are."""

@@ -1,14 +1,15 @@
 """`rcpconv compare` as a function: the phases of a comparison, and its output after every cell.
 
-First every sweep, then the original and one training of each variant, then more seeds of the best methods. A cell
-that is done is never done again, so the same command goes on where it stopped.
+First every sweep, then the original, then one training of each variant that may be best, then more seeds of the best
+methods and, in one phase with them so that no GPU waits, ablations and what is not trained. A cell that is done is
+never done again, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,18 @@ def _phases(
     names = [variant.name for variant in comparison.variants]
     about = {"machine": machine.name, "torch": torch.__version__}
 
-    def finals() -> list[Cell]:
-        return [cell for name in names if (cell := choice.final(comparison, folder, name))]
+    def candidates() -> list[Cell]:
+        return finals(filter(comparison.may_be_best, names))
 
-    def more_seeds() -> list[Cell]:
-        seeds = range(1, comparison.seeds)
+    def rest() -> list[Cell]:
         best = choice.best_variants(comparison, folder)
-        return [cell for name in best for seed in seeds if (cell := choice.final(comparison, folder, name, seed))]
+        more = [cell for seed in range(1, comparison.seeds) for cell in finals(best, seed)]
+        return [*more, *finals(name for name in names if not comparison.may_be_best(name))]
 
-    phases: list[Callable[[], list[Cell]]] = [comparison.sweeps, lambda: [Cell(kind=ORIGINAL)], finals, more_seeds]
+    def finals(of: Iterable[str], seed: int = 0) -> list[Cell]:
+        return [cell for name in of if (cell := choice.final(comparison, folder, name, seed))]
+
+    phases: list[Callable[[], list[Cell]]] = [comparison.sweeps, lambda: [Cell(kind=ORIGINAL)], candidates, rest]
     for phase in phases:
         cells = phase()
         left = []

@@ -139,12 +139,17 @@ def test_own_settings_of_a_variant_beat_the_grid_and_what_is_common() -> None:
     assert found.seed == 3
 
 
-def test_equal_form() -> None:
-    settings: dict[str, dict[str, Any]] = {"same": {"a_bits": 8}, "lc": {"method": "lc"}, "a4": {"a_bits": 4}}
-    whole = comparison(
-        common={"a_bits": 8}, variants=tuple(Variant(name=name, settings=each) for name, each in settings.items())
-    )
-    assert [whole.of_equal_form(name) for name in settings] == [True, True, False]
+def test_what_may_be_its_method_s_best_has_the_common_form_and_rates_of_its_own() -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "same": {"a_bits": 8},
+        "lc": {"method": "lc"},
+        "a4": {"a_bits": 4},
+        "rtn": {"method": "rtn"},
+    }
+    variants = [Variant(name=name, settings=each) for name, each in settings.items()]
+    ablation = Variant(name="kl", settings={"loss": "kl"}, rates_of="same")
+    whole = comparison(common={"a_bits": 8}, variants=(*variants, ablation))
+    assert [name for name in (*settings, "kl") if whole.may_be_best(name)] == ["same", "lc"]
 
 
 @pytest.mark.parametrize(
