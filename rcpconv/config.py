@@ -559,7 +559,8 @@ class QuantizeConfig:
         low=0,
         group=RUN,
         free=True,
-        help="Steps between checkpoints to resume from; 0: only when stopped by Ctrl-C.",
+        help="Steps between checkpoints to resume from, also while rotations are learned; 0: only when stopped by "
+        "Ctrl-C.",
     )
     keep_checkpoints: int = _option(2, type=int, low=1, group=RUN, free=True, help="How many checkpoints to keep.")
     checkpoint_contents: str = _option(

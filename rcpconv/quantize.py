@@ -70,10 +70,11 @@ from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
 from rcpconv.train.compiling import compiled_layers
-from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.loop import Trainer
 from rcpconv.train.memory import int8_teacher, narrow_weights
-from rcpconv.train.rotations import learn_rotations
+from rcpconv.train.rotations import Keeping, learn_rotations
 from rcpconv.train.sampling import sample
+from rcpconv.train.stopping import Interrupted
 from rcpconv.train.texts import HUB_PREFIX, read_source
 from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
 from rcpconv.train.tokens import tokenize as tokenize_pieces
@@ -395,6 +396,11 @@ def learned_rotations(
             own = distributed.own_sequences(step * all_of_step, size, all_of_step // size)
             return [torch.from_numpy(sequences.batch(*each)).to(plan.machine.device) for each in own]
 
+        keeping = Keeping(
+            state=checkpoints.load_early(run),
+            save=lambda state: checkpoints.save_early(run, state),
+            every=c.checkpoint_every,
+        )
         learned = learn_rotations(
             student,
             teacher(),
@@ -404,12 +410,15 @@ def learned_rotations(
             r1=c.r1,
             r2=c.r2,
             tell=lambda text: console.print(text, highlight=False),
+            keeping=keeping,
             low_memory=c.low_memory,
         )
         if not distributed.rank():
             learned.save(path)
-        del student, learned
+        del student, learned, keeping
         distributed.wait_for_all()
+    if not distributed.rank():
+        checkpoints.delete_early(run)
     return LearnedRotations.load(path)
 
 

@@ -130,7 +130,7 @@ def compare(
     )
 
     from rcpconv.compare.run import compare as run
-    from rcpconv.train.loop import Interrupted
+    from rcpconv.train.stopping import Interrupted
 
     try:
         run(

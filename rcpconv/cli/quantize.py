@@ -130,7 +130,7 @@ def quantize(
         return
 
     from rcpconv.quantize import quantize as train
-    from rcpconv.train.loop import Interrupted
+    from rcpconv.train.stopping import Interrupted
 
     given = {name: settings[name] for name in settings if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     try:

@@ -32,8 +32,8 @@ from rcpconv.generation import PROMPT_TOKENS
 from rcpconv.heldout import fetch_wikitext2
 from rcpconv.plan import Machine, Plan, look_at_machine, visible_gpus
 from rcpconv.quantize import check_texts, stoppable
-from rcpconv.train.loop import Interrupted
 from rcpconv.train.progress import duration
+from rcpconv.train.stopping import Interrupted
 
 _SHAPE = ("seq_len", "batch_size", "grad_accum")
 _USABLE_MEMORY = 0.92

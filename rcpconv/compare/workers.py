@@ -131,7 +131,7 @@ def _work(pipe: Connection, make: Callable[..., Does], arguments: dict[str, Any]
     """What a worker does: cells, until there are no more. gpu: the only one that it sees."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is below
-    from rcpconv.train.loop import Interrupted
+    from rcpconv.train.stopping import Interrupted
 
     os.setsid()  # Ctrl-C is the first process's to answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)

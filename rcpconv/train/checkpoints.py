@@ -23,6 +23,8 @@ from rcpconv import distributed
 from rcpconv.errors import BadRun, NotSaved
 from rcpconv.runs import CHECKPOINTS, Run, replacing, saving, sync_folder
 
+_EARLY = f"{CHECKPOINTS}/before-the-first-step.pt"
+
 
 def _paths(run: Run) -> list[Path]:
     """Checkpoints by step, oldest first."""
@@ -32,14 +34,46 @@ def _paths(run: Run) -> list[Path]:
 def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     """Write the state after `step` steps, then delete all but the `keep` newest checkpoints."""
     path = run.folder / CHECKPOINTS / f"step-{step:07d}.pt"
-    several = distributed.processes() > 1
-    try:
-        if several:
-            path = path.with_suffix("")
+    if distributed.processes() > 1:
+        path = path.with_suffix("")
+    with _saying(run, path):
+        if distributed.processes() > 1:
             _save_parts(path, state)
         else:
-            with replacing(path) as temporary, _without_checksums():
-                torch.save(state, temporary)
+            _write(path, state)
+    if not distributed.rank():
+        for old in _paths(run)[:-keep]:
+            _delete(old)
+
+
+def save_early(run: Run, state: dict[str, Any]) -> None:
+    """Write the state of what comes before the first step, instead of the one before."""
+    path = run.folder / _EARLY
+    with _saying(run, path):
+        _write(path, state)
+
+
+def load_early(run: Run) -> dict[str, Any] | None:
+    """What save_early was given last; None where there is nothing. Raises BadRun when damaged."""
+    path = run.folder / _EARLY
+    return _read(path, "delete it to begin anew") if path.exists() else None
+
+
+def delete_early(run: Run) -> None:
+    """Remove what save_early left, where it is of no more use."""
+    (run.folder / _EARLY).unlink(missing_ok=True)
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with replacing(path) as temporary, _without_checksums():
+        torch.save(state, temporary)
+
+
+@contextmanager
+def _saying(run: Run, path: Path) -> Iterator[None]:
+    """Within, an error in writing says what to do."""
+    try:
+        yield
     except (NotSaved, RuntimeError, CheckpointException) as error:  # torch turns a full disk into a RuntimeError
         reason = _reason(error)
         if not isinstance(error, NotSaved):
@@ -47,9 +81,6 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
         raise NotSaved(
             f"{reason}. The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
         ) from error
-    if not distributed.rank():
-        for old in _paths(run)[:-keep]:
-            _delete(old)
 
 
 @contextmanager
@@ -96,8 +127,7 @@ def load(path: Path, like: Callable[[Collection[str]], dict[str, Any]]) -> dict[
         with _reading(path):
             state_dict_loader.load(target, checkpoint_id=path, no_dist=distributed.processes() == 1)
         return target
-    with _reading(path):
-        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    state = _read(path)
     if distributed.processes() == 1:
         return state
     target = like({key for key, value in state.items() if value is not None})
@@ -106,20 +136,30 @@ def load(path: Path, like: Callable[[Collection[str]], dict[str, Any]]) -> dict[
 
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, CheckpointException)
+_REMEDY = "delete it to resume from the one before"
 
 
 @contextmanager
-def _reading(path: Path, errors: tuple[type[BaseException], ...] = _UNREADABLE) -> Iterator[None]:
+def _reading(
+    path: Path, remedy: str = _REMEDY, errors: tuple[type[BaseException], ...] = _UNREADABLE
+) -> Iterator[None]:
     """Within, an error of these means that the checkpoint is damaged."""
     try:
         yield
     except errors as error:
-        raise BadRun(f"{path}: cannot be read ({_reason(error)}); delete it to resume from the one before") from error
+        raise BadRun(f"{path}: cannot be read ({_reason(error)}); {remedy}") from error
+
+
+def _read(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Of a file, on the CPU."""
+    with _reading(path, remedy):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state
 
 
 def _names(path: Path) -> set[str]:
     """Of all values in a folder: their keys from the outermost one on, with dots between."""
-    with _reading(path, (Exception,)):  # it is a pickle, and damaged ones end in errors of any kind
+    with _reading(path, errors=(Exception,)):  # it is a pickle, and damaged ones end in errors of any kind
         return set(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 

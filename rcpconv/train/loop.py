@@ -11,14 +11,11 @@ Shape suffixes: B sequences, T positions.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -44,6 +41,7 @@ from rcpconv.train.optimizer import Together, make_optimizer, make_state, rate_f
 from rcpconv.train.progress import LiveProgress, Metrics, NoMetrics, Rate, plot_loss, read_metrics
 from rcpconv.train.resampling import places, redraw
 from rcpconv.train.start import CALIBRATION_SEQUENCES, start_from_data, start_from_weights
+from rcpconv.train.stopping import Interrupted, catching_signals
 from rcpconv.train.tokens import Mixture, Sequences
 
 CONFIDENCE_BATCHES = 4
@@ -52,14 +50,6 @@ _PLOT_SECONDS = 60
 _SMOOTHING = 0.9
 _EXPLODED = (2.0, 1.0)
 """The smoothed loss has exploded when it exceeds its lowest value times the first plus the second (nats)."""
-
-
-class Interrupted(Exception):
-    """The user asked to stop (Ctrl-C or SIGTERM); the text says where that was."""
-
-    def __init__(self, where: str, signal_number: int) -> None:
-        super().__init__(where)
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -254,7 +244,7 @@ class Trainer:
         try:
             stepping = nullcontext() if self.stepping is None else self.stepping.attached()
             progress_bar = LiveProgress(self.console, self.steps, counters.step)
-            with stepping, progress_bar as progress, _catching_signals() as stopped:
+            with stepping, progress_bar as progress, catching_signals() as stopped:
                 while counters.step < self.steps:
                     self._update(loss)
                     rate.add(self.tokens_per_step)
@@ -397,38 +387,6 @@ class Trainer:
             f"longer --warmup (now {self.config.warmup:g}) or a smaller --grad-clip (now {self.config.grad_clip:g}) "
             "in a new run"
         )
-
-
-@contextmanager
-def _catching_signals() -> Iterator[Callable[[], int]]:
-    """Collect Ctrl-C and SIGTERM; gives a function that says which has come to any process, or 0.
-
-    A second one of either acts as ever, but not where several processes train: torchrun repeats to them what the
-    terminal has sent already, and after a while kills them. Without effect outside the main thread.
-    """
-    caught: list[int] = []
-
-    def stopped() -> int:
-        return distributed.largest(caught[0] if caught else 0)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        if distributed.processes() == 1:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, catch)
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from rcpconv.quantizers.levels import assign, lloyd_max, select_nearest, sums_by
 from rcpconv.rotations import LearnedRotations
 from rcpconv.train.losses import Distillation, distill
 from rcpconv.train.optimizer import rate_factor
+from rcpconv.train.stopping import Interrupted, catching_signals
 
 BETAS = (0.9, 0.95)
 _WARMUP = 0.05
@@ -98,6 +101,18 @@ class _ByPeak(nn.Module):
         return quantize_activations(x, self.clip * (peak / peak.detach()), self.bits)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Where learning that is stopped goes on, in as many processes or others."""
+
+    state: dict[str, Any] | None
+    """What `save` was given last; None at the beginning."""
+    save: Callable[[dict[str, Any]], None]
+    """Called by the first process."""
+    every: int
+    """Steps from one `save` to the next; 0 = only when stopped."""
+
+
 def learn_rotations(
     student: Decoder,
     teacher: Decoder,
@@ -108,6 +123,7 @@ def learn_rotations(
     r1: bool,
     r2: bool,
     tell: Callable[[str], None],
+    keeping: Keeping | None = None,
     low_memory: bool = False,
 ) -> LearnedRotations:
     """Learn R1, R2 of every layer, both or neither; the student is as it was in the end. Returns float64 matrices.
@@ -115,7 +131,8 @@ def learn_rotations(
     batches: step -> (B, T) ids of this process's batches, as many and of one size in all processes. rate: the largest
     one, of Adam, for the entries of Cayley's skew matrices. r1: a model with one table needs a head matrix for it, as
     its head turns back by Hadamard otherwise. Quantizers need not be initialised. tell: hears of the divergence, in
-    nats. Raises TrainingDiverged where that is not finite.
+    nats. keeping: with it, Ctrl-C and SIGTERM raise Interrupted once all is saved. Raises TrainingDiverged where the
+    divergence is not finite.
     """
     a, device = student.architecture, student.inv_freq.device
     assert not (r1 and a.tied_table and not a.head_matrix), "one table knows of Hadamard rotations alone"
@@ -128,9 +145,13 @@ def learn_rotations(
         return LearnedRotations()
     parameters = [parameter for each in found.values() for parameter in each.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS)
-    now, loss = LearnedRotations(), Distillation(kind="kl")
-    with _turning(student, lambda: now) as quantizers, _fast_products(device):
-        for step in range(steps):
+    now, loss, begin = LearnedRotations(), Distillation(kind="kl"), 0
+    turning, signals = _turning(student, lambda: now), catching_signals() if keeping else nullcontext(lambda: 0)
+    with turning as quantizers, _fast_products(device), signals as stopped:
+        if keeping and keeping.state is not None:
+            begin = _go_on(keeping.state, found, optimizer, quantizers)
+            tell(f"rotations: going on after step {begin} of {steps}")
+        for step in range(begin, steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_factor(step, steps, _WARMUP, 0.0, "linear")
             parts = batches(step)
@@ -146,13 +167,19 @@ def learn_rotations(
             optimizer.zero_grad(set_to_none=True)
             for quantizer in quantizers:
                 quantizer.follow()
-            if step in (0, steps - 1) or (step + 1) % max(1, steps // _LINES) == 0:
+            done = step + 1
+            if done in (1, steps) or done % max(1, steps // _LINES) == 0:
                 if not math.isfinite(float(kl)):
                     raise TrainingDiverged(
-                        f"rotations: step {step + 1}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now "
-                        f"{rate:.1e}), or --rotation-steps 0, in a new run"
+                        f"rotations: step {done}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now {rate:.1e}), "
+                        "or --rotation-steps 0, in a new run"
                     )
-                tell(f"rotations: step {step + 1} of {steps}, KL {float(kl):.4f}")
+                tell(f"rotations: step {done} of {steps}, KL {float(kl):.4f}")
+            number = stopped()
+            if keeping and (number or (keeping.every and done % keeping.every == 0)) and not distributed.rank():
+                keeping.save(_state(done, found, optimizer, quantizers))
+            if number:
+                raise Interrupted(f"Stopped after step {done} of {steps} of the rotations", number)
     with torch.no_grad():
         return LearnedRotations(**{name: each.double().weight.detach() for name, each in found.items()})
 
@@ -202,3 +229,30 @@ def _turning(student: Decoder, now: Callable[[], LearnedRotations]) -> Iterator[
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
             parameter.grad = None
+
+
+def _state(
+    step: int, found: dict[str, _Rotation], optimizer: torch.optim.Optimizer, quantizers: list[_FollowingLevels]
+) -> dict[str, Any]:
+    """All that learning goes on from after `step` steps."""
+    return {
+        "step": step,
+        "rotations": {name: each.state_dict() for name, each in found.items()},
+        "optimizer": optimizer.state_dict(),
+        "levels": [quantizer.before_NG4 for quantizer in quantizers],
+    }
+
+
+def _go_on(
+    state: dict[str, Any],
+    found: dict[str, _Rotation],
+    optimizer: torch.optim.Optimizer,
+    quantizers: list[_FollowingLevels],
+) -> int:
+    """As it was when `_state` gave the state; returns how many steps were made."""
+    for name, each in found.items():
+        each.load_state_dict(state["rotations"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for quantizer, levels_NG4 in zip(quantizers, state["levels"], strict=True):
+        quantizer.before_NG4 = quantizer.next_NG4 = levels_NG4.to(quantizer.before_NG4.device)
+    return int(state["step"])

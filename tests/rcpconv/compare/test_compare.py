@@ -43,8 +43,9 @@ from rcpconv.plan import Machine, visible_gpus
 from rcpconv.prepare import original_decoder
 from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import ROTATIONS, Run, alone
-from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.loop import Trainer
 from rcpconv.train.rotations import learn_rotations
+from rcpconv.train.stopping import Interrupted
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 
 SETTINGS = {"seq_len": 16, "batch_size": 2, "grad_accum": 1, "log_every": 2}

@@ -30,11 +30,12 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import DecoderLayer
 from rcpconv.prepare import original_decoder, prepare, student_decoder
 from rcpconv.quantize import quantize
-from rcpconv.runs import FINISHED, RUNNING, Run
+from rcpconv.rotations import LearnedRotations
+from rcpconv.runs import FINISHED, ROTATIONS, RUNNING, Run
 from rcpconv.train import checkpoints
-from rcpconv.train.loop import Interrupted
 from rcpconv.train.memory import LeanAdamW, int8_teacher, narrow_weights
 from rcpconv.train.progress import read_metrics
+from rcpconv.train.stopping import Interrupted
 from rcpconv.train.update import update
 from rcpformat.architecture import Quantization
 from tiny_checkpoints import make_tiny_checkpoint
@@ -351,6 +352,27 @@ def test_every_kind_of_states_goes_on(
         assert figures(folder) == figures(whole)
         for file in ("baked.safetensors", "weights.sha256.json"):
             assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("counts", [(2, 1), slow((2, 2)), slow((1, 2))])
+def test_rotations_go_on_in_another_number_of_processes(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int]
+) -> None:
+    settings = {"rotation_steps": 4, "rotation_lr": 0.3, "steps": 1, "checkpoint_every": 0}
+    whole = train(counts[0], name="whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("rcpconv.train.rotations.rate_factor", stop_at(1))
+        folder = train(counts[0], **settings)
+    assert not (folder / ROTATIONS).exists()
+    train(counts[1])
+    assert "Stopped after step 2 of 4 of the rotations" in (tmp_path / "log").read_text()
+    assert "rotations: going on after step 2 of 4" in (tmp_path / "log").read_text()
+    found, expected = (LearnedRotations.load(each / ROTATIONS) for each in (folder, whole))
+    if counts[0] == counts[1]:
+        assert (folder / ROTATIONS).read_bytes() == (whole / ROTATIONS).read_bytes()
+    assert found.r1_CC is not None and expected.r1_CC is not None
+    torch.testing.assert_close(found.r1_CC, expected.r1_CC, rtol=0, atol=1e-3)
+    assert (expected.r1_CC - torch.eye(len(expected.r1_CC))).abs().max() > 0.1
 
 
 def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -33,7 +33,8 @@ from rcpconv.prepare import original_decoder
 from rcpconv.quantize import NEWEST, _note_peak, quantize
 from rcpconv.quantizers import METHODS
 from rcpconv.runs import FAILED, FINISHED, RUNNING, Run, locked
-from rcpconv.train.loop import Interrupted, Trainer
+from rcpconv.train.loop import Trainer
+from rcpconv.train.stopping import Interrupted
 from rcpformat import spec
 from rcpformat.reader import RcpFile
 from shapes import LLAMA_2_7B

@@ -24,15 +24,16 @@ from rcpconv.prepare import original_decoder, prepare, rotated_decoder, student_
 from rcpconv.quantizers.base import to_groups
 from rcpconv.report.measure import measure
 from rcpconv.rotations import LearnedRotations
-from rcpconv.runs import ROTATIONS
-from rcpconv.train.loop import Interrupted
+from rcpconv.runs import CHECKPOINTS, ROTATIONS, Run
 from rcpconv.train.rotations import _FollowingLevels, learn_rotations
+from rcpconv.train.stopping import Interrupted
 from rcpformat.architecture import Quantization
 from rcpformat.reader import RcpFile
 from rcprun.backends.numpy.reference import ReferenceModel
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 from tiny_trainings import assert_same_result, in_child, resume, train, wait_for_line
 
+EARLY = f"{CHECKPOINTS}/before-the-first-step.pt"
 STEPS = 12
 
 
@@ -202,28 +203,73 @@ def test_a_run_with_learned_rotations_is_exact_and_survives_a_kill(
     assert_same_result(resume(tmp_path / "killed"), whole)
 
 
-def test_a_run_that_is_stopped_while_it_learns_rotations_learns_them_anew(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
-    settings: dict[str, Any] = {"rotation_share": 0.25, "steps": 16, "checkpoint_every": 0}
-    whole = train(checkpoint, text, tmp_path / "whole", **settings)
-    assert whole.config.rotation_steps == 4 and whole.architecture.head_matrix
+SHORT: dict[str, Any] = {"rotation_share": 0.25, "steps": 24}
+"""Of them 6 for the rotations."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
+        run = train(checkpoint, text, tmp_path_factory.mktemp("rotations") / "whole", **SHORT)
+    assert run.config.rotation_steps == 6 and run.architecture.head_matrix
+    assert not (run.folder / EARLY).exists()
+    return run
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, lines: int, number: int) -> list[str]:
+    """Send this process a signal when that many lines were said of rotations; gives what is said."""
     learn, told = quantizing.learn_rotations, []
 
-    def stop(*args: Any, **how: Any) -> LearnedRotations:
+    def learning(*args: Any, **how: Any) -> LearnedRotations:
         def tell(line: str) -> None:
             told.append(line)
-            if len(told) == 2:
-                raise KeyboardInterrupt
+            if len(told) == lines:
+                os.kill(os.getpid(), number)
 
         return learn(*args, **how | {"tell": tell})
 
-    with monkeypatch.context() as patch, pytest.raises((Interrupted, KeyboardInterrupt)):
-        patch.setattr(quantizing, "learn_rotations", stop)
-        train(checkpoint, text, tmp_path / "stopped", **settings)
-    assert len(told) == 2 and not (tmp_path / "stopped" / ROTATIONS).exists()
-    assert_same_result(resume(tmp_path / "stopped"), whole)
+    monkeypatch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
+    monkeypatch.setattr(quantizing, "learn_rotations", learning)
+    return told
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_run_that_is_stopped_while_it_learns_rotations_goes_on_from_there(
+    steps: int, uninterrupted: Run, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = interrupted(monkeypatch, steps, signal.SIGTERM)
+    folder = tmp_path / "stopped"
+    with pytest.raises(Interrupted, match=r"Stopped after step [2-6] of 6 of the rotations"):
+        train(checkpoint, text, folder, **SHORT | {"checkpoint_every": 0})
+    assert (folder / EARLY).exists() and not (folder / ROTATIONS).exists()
+    before = len(told)
+    assert_same_result(resume(folder), uninterrupted)
+    after = int(told[before].split()[5])
+    assert steps <= after <= 6 and told[before] == f"rotations: going on after step {after} of 6"
+    assert not list((folder / CHECKPOINTS).glob("before*"))
+
+
+def test_a_run_that_is_killed_while_it_learns_rotations_goes_on_from_what_it_saved(
+    uninterrupted: Run, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "killed"
+
+    def begin() -> int:
+        interrupted(monkeypatch, 5, signal.SIGKILL)
+        train(checkpoint, text, folder, **SHORT | {"checkpoint_every": 3})
+        return 0
+
+    _, status = os.waitpid(in_child(begin, tmp_path / "log"), 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    damaged = (folder / EARLY).read_bytes()
+    (folder / EARLY).write_bytes(damaged[:1000])
+    with pytest.raises(BadRun, match=r"before-the-first-step\.pt: cannot be read .*; delete it to begin anew"):
+        resume(folder)
+    (folder / EARLY).write_bytes(damaged)
+    told = interrupted(monkeypatch, 0, 0)
+    assert_same_result(resume(folder), uninterrupted)
+    assert told[0] == "rotations: going on after step 3 of 6"
 
 
 def test_with_one_table_a_matrix_turns_what_the_head_takes(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM as a training takes them: it ends the step that it is in, saves, and says where it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rcpconv import distributed
+
+
+class Interrupted(Exception):
+    """The user asked to stop (Ctrl-C or SIGTERM); the text says where that was."""
+
+    def __init__(self, where: str, signal_number: int) -> None:
+        super().__init__(where)
+        self.signal_number = signal_number
+
+
+@contextmanager
+def catching_signals() -> Iterator[Callable[[], int]]:
+    """Collect Ctrl-C and SIGTERM; gives a function that says which has come to any process, or 0.
+
+    A second one of either acts as ever, but not where several processes train: torchrun repeats to them what the
+    terminal has sent already, and after a while kills them. One that comes after the function's last call acts in the
+    end. Without effect outside the main thread.
+    """
+    caught: list[int] = []
+    told = False
+
+    def stopped() -> int:
+        nonlocal told
+        number = distributed.largest(caught[0] if caught else 0)
+        told = number != 0
+        return number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if distributed.processes() == 1:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught and not told:
+        signal.raise_signal(caught[0])
