@@ -20,14 +20,12 @@
 # and is swept over the same four rates: the best one of that recipe, 4e-4, one below it and two above it. Ablations take
 # ldp's.
 #
-# Measured with wiki-llama-22m on two H200s, twelve trainings at a time and two of 100 M beside them (docs/log.md,
-# 2026-11-30): a sweep of 15 of 8 M tokens (and 9 that ended at once), and the beginning of five finals of 33 M 546 s; the
-# rest of those with 64 generations each 248 s; two more seeds of two of them, four at a time, 399 s. A GPU trains 300,000
-# tokens/s in all with two trainings at a time, and 500,000 with six; 30 to 50 s are start and compilation. Rotations were
-# learned by each training then, which took about a fifth of the time.
+# Measured with wiki-llama-22m on two H200s (docs/log.md, 2026-11-30): 29 trainings of 8 M tokens, 14 at a time, and most of
+# four of 33 M 545 s; eight of 33 M, all at a time, 490 s with start, rotations that they share, and 64 generations each; four
+# of 33 M, with rotations of their own, 399 s. A GPU trains 300,000 tokens/s in all with two trainings at a time, and
+# 500,000 with four to seven; 30 to 60 s are start and compilation.
 #
-# Estimate for what is left: a sweep of 29 (uniform's, the papers' and the new rate) 290 s; finals of six to eleven 300 to
-# 450 s; 19 ablations 700 s in two calls.
+# Estimate for what is left, with --seeds 3: four more seeds and 17 ablations in one phase, 14 at a time, 900 s in two calls.
 #
 # Nothing is begun that would probably end too late, so a call may end some minutes early: a final training needs six.
 set -euo pipefail

@@ -20,7 +20,7 @@
 #     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences       251 s
 #     gpus-tests     losses of tiny models on two GPUs, which are those of one; three cases of 50 s  about 150 s
 #     gpus-7b        gpus-1b's for 7B, on two GPUs alone, 16 sequences                          180 s
-#     gpus-7b-80, gpus-7b-48   7B with --low-memory and so many GiB of each of two GPUs     165 s, (230 s)
+#     gpus-7b-80, gpus-7b-48   7B with --low-memory and so many GiB of each of two GPUs     165 s, 206 s
 #
 # Nothing is drawn anew (resample=0), which would be done for the little text that there is, and not for a text's first time.
 # SHAPE_7B, SHAPE_1B and SHAPE_3B are the shapes (examples/make_synthetic_checkpoint.py), SEQ the length of sequences,
