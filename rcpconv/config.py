@@ -560,7 +560,7 @@ class QuantizeConfig:
         group=RUN,
         free=True,
         help="Steps between checkpoints to resume from, also while rotations are learned; 0: only when stopped by "
-        "Ctrl-C.",
+        "Ctrl-C or SIGTERM.",
     )
     keep_checkpoints: int = _option(2, type=int, low=1, group=RUN, free=True, help="How many checkpoints to keep.")
     checkpoint_contents: str = _option(

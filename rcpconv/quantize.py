@@ -49,6 +49,7 @@ from rcpconv.quantizers import Learning
 from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import (
     BAKED,
+    CHECKPOINTS,
     FAILED,
     FINISHED,
     ROTATIONS,
@@ -69,6 +70,7 @@ from rcpconv.scheme import ComparisonQuantization
 from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
 from rcpconv.train.chats import ChatRenderer
+from rcpconv.train.checkpoints import StateFile
 from rcpconv.train.compiling import compiled_layers
 from rcpconv.train.loop import Trainer
 from rcpconv.train.memory import int8_teacher, narrow_weights
@@ -377,13 +379,17 @@ def learned_rotations(
     teacher: Callable[[], Decoder],
     sequences: Sequences | Mixture,
     console: Console,
+    state: StateFile | None = None,
 ) -> LearnedRotations | None:
     """What the run folder has, learned now where it has none; None where the plan wants none.
 
     teacher: gives the original, whole. Until the rotations are learned, so is the student in every process, its layers
-    computed twice.
+    computed twice. state: where learning goes on from; by default in the run folder.
     """
     c, path = plan.config, run.folder / ROTATIONS
+    if state is None:
+        how = f"rcpconv quantize --resume {run.folder}"
+        state = StateFile(path=run.folder / CHECKPOINTS / "rotations.pt", how=how)
     if not plan.rotation_batch:
         return None
     if not distributed.from_first(path.exists()):
@@ -396,11 +402,8 @@ def learned_rotations(
             own = distributed.own_sequences(step * all_of_step, size, all_of_step // size)
             return [torch.from_numpy(sequences.batch(*each)).to(plan.machine.device) for each in own]
 
-        keeping = Keeping(
-            state=checkpoints.load_early(run),
-            save=lambda state: checkpoints.save_early(run, state),
-            every=c.checkpoint_every,
-        )
+        # A tenth of them at most is lost, where anything is saved before a stop.
+        every = min(c.checkpoint_every, math.ceil(c.rotation_steps / 10))
         learned = learn_rotations(
             student,
             teacher(),
@@ -410,15 +413,15 @@ def learned_rotations(
             r1=c.r1,
             r2=c.r2,
             tell=lambda text: console.print(text, highlight=False),
-            keeping=keeping,
+            keeping=Keeping(file=state, every=every),
             low_memory=c.low_memory,
         )
         if not distributed.rank():
             learned.save(path)
-        del student, learned, keeping
+        del student, learned
         distributed.wait_for_all()
     if not distributed.rank():
-        checkpoints.delete_early(run)
+        state.delete()
     return LearnedRotations.load(path)
 
 

@@ -92,7 +92,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It has the usual mode, also where a library writes a new file in its place. Raises NotSaved.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     with saving(path):
         try:
             path.parent.mkdir(exist_ok=True)
@@ -108,6 +108,11 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    """Where `replacing` has what will replace `path`; a kill leaves it there."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def copy_file(source: Path, path: Path) -> None:

@@ -100,8 +100,8 @@ def compare(
     """Train variants of MODEL with one budget on one text, and leave a table, a plot and JSON in a folder.
 
     Learning rates are chosen for each variant from the same grid, on text kept back from the training text; a variant
-    may take another's instead (rates-of), as the bundled ablations do, and a grid may grow. The same
-    command goes on where it was stopped.
+    may take another's instead (rates-of), as the bundled ablations do, and is never its method's best then. A grid may
+    grow. The same command goes on where it was stopped.
     """
     from rich.console import Console
 

@@ -226,13 +226,14 @@ class Comparison:
         return _FAMILIES.get(method, method)
 
     def may_be_best(self, name: str) -> bool:
-        """Whether a variant may be its method's best: with rates of its own, so no ablation, and of the common form.
+        """Whether a variant may be its method's best: trained, of the common form, and not at rates found for another.
 
-        That is the group size, bit widths and tables that are common to all.
+        The common form is the group size, bit widths and tables of all. With a grid of one rate, none are found.
         """
-        settings = self.variant(name).settings
-        of_equal_form = all(settings.get(key) in (None, self.common.get(key, DEFAULTS[key])) for key in _FORM)
-        return self.swept(name) and of_equal_form
+        variant = self.variant(name)
+        equal_rates = not variant.rates_of or len(self.grid) == 1
+        common = (variant.settings.get(key) in (None, self.common.get(key, DEFAULTS[key])) for key in _FORM)
+        return variant.trained and equal_rates and all(common)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; equal for equal comparisons, wherever their files are."""

@@ -250,7 +250,8 @@ def _show(
     tokens = dict.fromkeys((name for name, plan in plans.items() if plan.steps), comparison.tokens)
     for cell in comparison.sweeps():
         tokens[cell.variant] += comparison.sweep_tokens
-    again = (comparison.seeds - 1) * min(comparison.best, len(trained)) * comparison.tokens
+    methods = {comparison.method(name) for name in plans if comparison.may_be_best(name)}
+    again = (comparison.seeds - 1) * min(comparison.best, len(methods)) * comparison.tokens
     seconds = sum(plans[name].seconds * amount / comparison.tokens for name, amount in tokens.items())
     seconds += max((plan.seconds for plan in trained), default=0.0) * again / comparison.tokens
     rates = ", ".join(point.label for point in comparison.grid)

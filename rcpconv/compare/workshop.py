@@ -49,6 +49,7 @@ from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import FINISHED, METRICS, ROTATIONS, RUNNING, Run, alone, copy_file, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
+from rcpconv.train.checkpoints import StateFile
 from rcpconv.train.loop import Trainer
 from rcpconv.train.memory import int8_teacher
 from rcpconv.train.progress import read_metrics
@@ -315,7 +316,7 @@ class Workshop:
             return None
         settings = {name: getattr(plan.config, name) for name in _ROTATIONS_FOLLOW_FROM}
         kept, own = self.folder.rotations(settings | {"batch": plan.rotation_batch}), run.folder / ROTATIONS
-        diverged = kept.with_suffix(".diverged")
+        diverged, state = kept.with_suffix(".diverged"), StateFile(path=kept.with_suffix(".pt"), how="the same command")
         with alone(kept):
             if diverged.exists():
                 raise TrainingDiverged(diverged.read_text(encoding="utf-8"))
@@ -327,9 +328,10 @@ class Workshop:
             if kept.exists() and not own.exists():
                 copy_file(kept, own)
             try:
-                learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console)
+                learned = learned_rotations(run, plan, self.source, lambda: teacher, sequences, self.console, state)
             except TrainingDiverged as error:
                 write_text(diverged, str(error))
+                state.delete()
                 raise
             if not kept.exists():
                 copy_file(own, kept)

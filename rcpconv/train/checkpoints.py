@@ -1,7 +1,7 @@
 """Training checkpoints in a run folder: written whole or not at all, newest last. Knows nothing of what is in them.
 
 One process writes a file. Several write a folder, each its own parts (torch.distributed.checkpoint). Any number of
-processes can go on from either.
+processes can go on from either. What all processes share has one file, whatever their number (StateFile).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcpconv import distributed
 from rcpconv.errors import BadRun, NotSaved
-from rcpconv.runs import CHECKPOINTS, Run, replacing, saving, sync_folder
-
-_EARLY = f"{CHECKPOINTS}/before-the-first-step.pt"
+from rcpconv.runs import CHECKPOINTS, Run, replacing, saving, sync_folder, unfinished
 
 
 def _paths(run: Run) -> list[Path]:
@@ -36,7 +35,8 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
     path = run.folder / CHECKPOINTS / f"step-{step:07d}.pt"
     if distributed.processes() > 1:
         path = path.with_suffix("")
-    with _saying(run, path):
+    remedy = f"The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
+    with _saying(path, remedy):
         if distributed.processes() > 1:
             _save_parts(path, state)
         else:
@@ -46,22 +46,33 @@ def save(run: Run, step: int, state: dict[str, Any], keep: int) -> None:
             _delete(old)
 
 
-def save_early(run: Run, state: dict[str, Any]) -> None:
-    """Write the state of what comes before the first step, instead of the one before."""
-    path = run.folder / _EARLY
-    with _saying(run, path):
-        _write(path, state)
+@dataclass(frozen=True, kw_only=True)
+class StateFile:
+    """A state that all processes share, in one file, which the first of them writes and all can go on from."""
 
+    path: Path
+    how: str
+    """What goes on from it: "rcpconv quantize --resume FOLDER"."""
 
-def load_early(run: Run) -> dict[str, Any] | None:
-    """What save_early was given last; None where there is nothing. Raises BadRun when damaged."""
-    path = run.folder / _EARLY
-    return _read(path, "delete it to begin anew") if path.exists() else None
+    def save(self, state: dict[str, Any]) -> None:
+        """Write it, instead of the one before. Raises NotSaved."""
+        with _saying(self.path, f"What was saved before, if anything, is intact: continue with {self.how}"):
+            _write(self.path, state)
 
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None where there is nothing, by the first process's word. Raises BadRun when damaged."""
+        there = distributed.from_first(self.path.exists())
+        return _read(self.path, self.remedy) if there else None
 
-def delete_early(run: Run) -> None:
-    """Remove what save_early left, where it is of no more use."""
-    (run.folder / _EARLY).unlink(missing_ok=True)
+    def delete(self) -> None:
+        """Remove it, where it is of no more use, and what a kill left of one."""
+        for path in (self.path, unfinished(self.path)):
+            path.unlink(missing_ok=True)
+
+    @property
+    def remedy(self) -> str:
+        """For what cannot be used."""
+        return f"delete it to begin anew with {self.how}"
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -70,17 +81,15 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _saying(run: Run, path: Path) -> Iterator[None]:
-    """Within, an error in writing says what to do."""
+def _saying(path: Path, remedy: str) -> Iterator[None]:
+    """Within, an error in writing the file says what to do."""
     try:
         yield
     except (NotSaved, RuntimeError, CheckpointException) as error:  # torch turns a full disk into a RuntimeError
         reason = _reason(error)
         if not isinstance(error, NotSaved):
             reason = f"{path}: cannot be written ({reason})"
-        raise NotSaved(
-            f"{reason}. The checkpoint before it is intact: continue with rcpconv quantize --resume {run.folder}"
-        ) from error
+        raise NotSaved(f"{reason}. {remedy}") from error
 
 
 @contextmanager

@@ -262,14 +262,14 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    kept = last and self.keep and c.checkpoint_every > 0
-                    if stopped() or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
+                    kept, number = last and self.keep and c.checkpoint_every > 0, stopped()
+                    if number or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
                             self._plot()
                             plotted = paused
                         rate.skip(paused)
-                    if number := stopped():
+                    if number:
                         raise Interrupted(f"Stopped after step {counters.step} of {self.steps}", number)
         except BaseException:
             with suppress(NotSaved, ValueError):  # what ended the training may also keep the curve from being drawn

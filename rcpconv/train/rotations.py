@@ -5,7 +5,7 @@ the orthogonal group by Cayley's map (torch's parametrization), down the diverge
 activations and KV cache are quantized meanwhile, and no weight learns. Departures: Adam takes the steps; weights have
 Lloyd-Max levels, whatever the method, which follow the rotation by an iteration a step; gradients reach a weight
 straight through the rounding, and by its level too, the mean of the weights that share it. They also go through a
-token's largest value, which its activation scale is taken from.
+token's largest value, which its activation scale is taken from. Learning that is stopped goes on from where it was.
 
 Shape suffixes: B sequences, T positions, C hidden_size, L layers, D head_dim, N out-features, K in-features, G groups,
 g weights of one group.
@@ -25,13 +25,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from rcpconv import distributed
-from rcpconv.errors import TrainingDiverged
+from rcpconv.errors import BadRun, TrainingDiverged
 from rcpconv.layers import ActivationQuantizer, HeadMatrix, QuantLinear, QuantTable
 from rcpconv.model import Decoder
 from rcpconv.quantizers.base import WeightQuantizer, channel_weights, to_groups
 from rcpconv.quantizers.functional import ZERO_TOKEN, Quantized, quantize_activations
 from rcpconv.quantizers.levels import assign, lloyd_max, select_nearest, sums_by_code
 from rcpconv.rotations import LearnedRotations
+from rcpconv.train.checkpoints import StateFile
 from rcpconv.train.losses import Distillation, distill
 from rcpconv.train.optimizer import rate_factor
 from rcpconv.train.stopping import Interrupted, catching_signals
@@ -105,12 +106,9 @@ class _ByPeak(nn.Module):
 class Keeping:
     """Where learning that is stopped goes on, in as many processes or others."""
 
-    state: dict[str, Any] | None
-    """What `save` was given last; None at the beginning."""
-    save: Callable[[dict[str, Any]], None]
-    """Called by the first process."""
+    file: StateFile
     every: int
-    """Steps from one `save` to the next; 0 = only when stopped."""
+    """Steps from one save to the next; 0 = only when stopped."""
 
 
 def learn_rotations(
@@ -148,8 +146,9 @@ def learn_rotations(
     now, loss, begin = LearnedRotations(), Distillation(kind="kl"), 0
     turning, signals = _turning(student, lambda: now), catching_signals() if keeping else nullcontext(lambda: 0)
     with turning as quantizers, _fast_products(device), signals as stopped:
-        if keeping and keeping.state is not None:
-            begin = _go_on(keeping.state, found, optimizer, quantizers)
+        if keeping and (state := keeping.file.load()):
+            with _fitting(keeping.file):
+                begin = _go_on(state, found, optimizer, quantizers)
             tell(f"rotations: going on after step {begin} of {steps}")
         for step in range(begin, steps):
             for group in optimizer.param_groups:
@@ -169,19 +168,26 @@ def learn_rotations(
                 quantizer.follow()
             done = step + 1
             if done in (1, steps) or done % max(1, steps // _LINES) == 0:
-                if not math.isfinite(float(kl)):
-                    raise TrainingDiverged(
-                        f"rotations: step {done}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now {rate:.1e}), "
-                        "or --rotation-steps 0, in a new run"
-                    )
+                _require_finite(kl, done, rate)
                 tell(f"rotations: step {done} of {steps}, KL {float(kl):.4f}")
             number = stopped()
-            if keeping and (number or (keeping.every and done % keeping.every == 0)) and not distributed.rank():
-                keeping.save(_state(done, found, optimizer, quantizers))
+            if keeping and (number or (keeping.every and done % keeping.every == 0)):
+                _require_finite(kl, done, rate)
+                if not distributed.rank():
+                    keeping.file.save(_state(done, found, optimizer, quantizers))
+                distributed.wait_for_all()  # a process that ends early ends the others, too
             if number:
                 raise Interrupted(f"Stopped after step {done} of {steps} of the rotations", number)
     with torch.no_grad():
         return LearnedRotations(**{name: each.double().weight.detach() for name, each in found.items()})
+
+
+def _require_finite(kl: Tensor, step: int, rate: float) -> None:
+    if not math.isfinite(float(kl)):
+        raise TrainingDiverged(
+            f"rotations: step {step}: KL is not finite. Try --rotation-lr {rate / 3:.1e} (now {rate:.1e}), or "
+            "--rotation-steps 0, in a new run"
+        )
 
 
 @contextmanager
@@ -241,6 +247,15 @@ def _state(
         "optimizer": optimizer.state_dict(),
         "levels": [quantizer.before_NG4 for quantizer in quantizers],
     }
+
+
+@contextmanager
+def _fitting(file: StateFile) -> Iterator[None]:
+    """Within, what does not fit the model is the file's fault."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadRun(f"{file.path}: is of another model or version ({error}); {file.remedy}") from error
 
 
 def _go_on(

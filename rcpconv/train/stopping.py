@@ -24,17 +24,14 @@ def catching_signals() -> Iterator[Callable[[], int]]:
     """Collect Ctrl-C and SIGTERM; gives a function that says which has come to any process, or 0.
 
     A second one of either acts as ever, but not where several processes train: torchrun repeats to them what the
-    terminal has sent already, and after a while kills them. One that comes after the function's last call acts in the
-    end. Without effect outside the main thread.
+    terminal has sent already, and after a while kills them. One that does not end the block as Interrupted acts after
+    it. Without effect outside the main thread.
     """
     caught: list[int] = []
-    told = False
+    acted = False
 
     def stopped() -> int:
-        nonlocal told
-        number = distributed.largest(caught[0] if caught else 0)
-        told = number != 0
-        return number
+        return distributed.largest(caught[0] if caught else 0)
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -51,8 +48,11 @@ def catching_signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, catch)
     try:
         yield stopped
+    except Interrupted:
+        acted = True
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught and not told:
-        signal.raise_signal(caught[0])
+        if caught and not acted:
+            signal.raise_signal(caught[0])

@@ -199,6 +199,43 @@ def test_rotations_are_learned_once_for_all_that_learn_the_same(
     assert export(Run.open(runs["seq"]), tmp_path / "seq.rcp").nbytes > 0
 
 
+def test_rotations_that_were_stopped_go_on_in_whichever_training_comes_next(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def stopping(*arguments: Any, tell: Any, **more: Any) -> LearnedRotations:
+        def hear(line: str) -> None:
+            told.append(line)
+            if len(told) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return learn_rotations(*arguments, tell=hear, **more)
+
+    monkeypatch.setattr("rcpconv.quantize.learn_rotations", stopping)
+    ldp, seq = (Variant(name=name, settings={"method": name}) for name in ("ldp", "seq"))
+    common, grid = SETTINGS | {"rotation_steps": 6}, (Rates(lr=1e-3),)
+    with pytest.raises(Interrupted):
+        work(place, tmp_path / "out", variants=(ldp, seq), common=common, grid=grid, seeds=1)
+    work(place, tmp_path / "out", variants=(seq, ldp), common=common, grid=grid, seeds=1)
+    assert told[3:5] == ["rotations: going on after step 3 of 6", told[4]] and told[4].startswith("rotations: step 4 ")
+    assert len(told) == 7, "learned once"
+    assert [path.suffix for path in (tmp_path / "out" / "rotations").glob("[!.]*")] == [".safetensors"]
+
+
+def test_an_ablation_is_trained_beside_more_seeds_and_has_one_itself(place: Path, tmp_path: Path) -> None:
+    ldp = Variant(name="ldp", settings={})
+    said = io.StringIO()
+    comparison = tiny(place, variants=(ldp, Variant(name="ldp-kl", settings={"loss": "kl"}, rates_of="ldp")))
+    summary = compare(comparison, tmp_path / "out", device="cpu", console=Console(file=said, width=200))
+    assert summary is not None
+    assert {row["variant"]: len(row["seeds"]) for row in summary["rows"]} == {"ldp": 2, "ldp-kl": 1}
+    assert summary["rows"][0]["rates"] == summary["rows"][1]["rates"]
+    assert [found["variants"] for found in summary["methods"]] == [["ldp"]]
+    lines = [line for line in said.getvalue().splitlines() if " final " in line and "/" in line]
+    assert [line.split()[:2] for line in lines[-3:]] == [["1/1", "ldp"], ["1/2", "ldp"], ["2/2", "ldp-kl"]]
+
+
 def test_rotations_that_diverge_are_learned_once_and_fail_every_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,11 @@ def test_ablations_take_the_rates_of_what_they_are_of(tmp_path: Path) -> None:
         folder.save(cell, {"failed": None, "validation": {"perplexity": 20 + 1000 * cell.rates.lr}})
     assert choice.final(whole, folder, "kl") == Cell(kind=FINAL, variant="kl", rates=Rates(lr=1e-4))
     assert choice.swept(whole, folder, "kl") == {}
+    for name, found in (("seq", 21), ("kl", 20)):
+        final = choice.final(whole, folder, name)
+        assert final is not None
+        folder.save(final, {"failed": None, "validation": {"perplexity": found}})
+    assert choice.ranked(whole, folder) == [["seq"]], "what had no sweep is never the best"
     with pytest.raises(BadOption, match=r"kl: takes the rates of seq, which is not compared .*--only seq,kl"):
         comparison(variants=variants[1:])
     with pytest.raises(BadOption, match="takes the rates of kl, which is not compared or has none of its own"):
@@ -150,6 +155,8 @@ def test_what_may_be_its_method_s_best_has_the_common_form_and_rates_of_its_own(
     ablation = Variant(name="kl", settings={"loss": "kl"}, rates_of="same")
     whole = comparison(common={"a_bits": 8}, variants=(*variants, ablation))
     assert [name for name in (*settings, "kl") if whole.may_be_best(name)] == ["same", "lc"]
+    whole = comparison(common={"a_bits": 8}, variants=(*variants, ablation), grid=(Rates(lr=1e-3),))
+    assert [name for name in (*settings, "kl") if whole.may_be_best(name)] == ["same", "lc", "kl"], "none had a sweep"
 
 
 @pytest.mark.parametrize(

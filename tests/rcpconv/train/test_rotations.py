@@ -1,5 +1,6 @@
 """Learned rotations: they change no logits of the unquantized model, fit the quantized one, and survive a kill."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ import rcpconv.quantize as quantizing
 from rcpconv.baking import baked_decoder
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
-from rcpconv.errors import BadOption, BadRun, TrainingDiverged
+from rcpconv.errors import BadOption, BadRun, NotSaved, TrainingDiverged
 from rcpconv.evaluate import tokenize
 from rcpconv.export import export
 from rcpconv.heldout import read_text
@@ -24,7 +25,7 @@ from rcpconv.prepare import original_decoder, prepare, rotated_decoder, student_
 from rcpconv.quantizers.base import to_groups
 from rcpconv.report.measure import measure
 from rcpconv.rotations import LearnedRotations
-from rcpconv.runs import CHECKPOINTS, ROTATIONS, Run
+from rcpconv.runs import CHECKPOINTS, ROTATIONS, Run, copy_file, unfinished
 from rcpconv.train.rotations import _FollowingLevels, learn_rotations
 from rcpconv.train.stopping import Interrupted
 from rcpformat.architecture import Quantization
@@ -33,7 +34,7 @@ from rcprun.backends.numpy.reference import ReferenceModel
 from tiny_checkpoints import CORPUS, make_tiny_checkpoint
 from tiny_trainings import assert_same_result, in_child, resume, train, wait_for_line
 
-EARLY = f"{CHECKPOINTS}/before-the-first-step.pt"
+STATE = f"{CHECKPOINTS}/rotations.pt"
 STEPS = 12
 
 
@@ -213,7 +214,7 @@ def uninterrupted(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPat
         patch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
         run = train(checkpoint, text, tmp_path_factory.mktemp("rotations") / "whole", **SHORT)
     assert run.config.rotation_steps == 6 and run.architecture.head_matrix
-    assert not (run.folder / EARLY).exists()
+    assert not (run.folder / STATE).exists()
     return run
 
 
@@ -242,12 +243,12 @@ def test_a_run_that_is_stopped_while_it_learns_rotations_goes_on_from_there(
     folder = tmp_path / "stopped"
     with pytest.raises(Interrupted, match=r"Stopped after step [2-6] of 6 of the rotations"):
         train(checkpoint, text, folder, **SHORT | {"checkpoint_every": 0})
-    assert (folder / EARLY).exists() and not (folder / ROTATIONS).exists()
+    assert (folder / STATE).exists() and not (folder / ROTATIONS).exists()
     before = len(told)
     assert_same_result(resume(folder), uninterrupted)
     after = int(told[before].split()[5])
     assert steps <= after <= 6 and told[before] == f"rotations: going on after step {after} of 6"
-    assert not list((folder / CHECKPOINTS).glob("before*"))
+    assert not list((folder / CHECKPOINTS).iterdir())
 
 
 def test_a_run_that_is_killed_while_it_learns_rotations_goes_on_from_what_it_saved(
@@ -262,14 +263,46 @@ def test_a_run_that_is_killed_while_it_learns_rotations_goes_on_from_what_it_sav
 
     _, status = os.waitpid(in_child(begin, tmp_path / "log"), 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    damaged = (folder / EARLY).read_bytes()
-    (folder / EARLY).write_bytes(damaged[:1000])
-    with pytest.raises(BadRun, match=r"before-the-first-step\.pt: cannot be read .*; delete it to begin anew"):
+    saved = (folder / STATE).read_bytes()
+    unfinished(folder / STATE).write_bytes(saved)
+    (folder / STATE).write_bytes(saved[:1000])
+    with pytest.raises(BadRun, match=r"rotations\.pt: cannot be read .*; delete it to begin anew with rcpconv"):
         resume(folder)
-    (folder / EARLY).write_bytes(damaged)
+    torch.save({"step": 3, "rotations": {}}, folder / STATE)
+    with pytest.raises(BadRun, match=r"rotations\.pt: is of another model or version .*; delete it to begin anew"):
+        resume(folder)
+    (folder / STATE).write_bytes(saved)
     told = interrupted(monkeypatch, 0, 0)
     assert_same_result(resume(folder), uninterrupted)
-    assert told[0] == "rotations: going on after step 3 of 6"
+    assert told[0] == "rotations: going on after step 4 of 6"
+    assert not list((folder / CHECKPOINTS).iterdir())
+
+
+def test_what_learning_goes_on_from_is_deleted_also_after_a_kill_in_between(
+    uninterrupted: Run, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = interrupted(monkeypatch, 2, signal.SIGTERM)
+    folder = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        train(checkpoint, text, folder, **SHORT | {"checkpoint_every": 0})
+    copy_file(uninterrupted.folder / ROTATIONS, folder / ROTATIONS)
+    told.clear()
+    assert_same_result(resume(folder), uninterrupted)
+    assert not told and not list((folder / CHECKPOINTS).iterdir())
+
+
+def test_a_full_disk_while_rotations_are_learned(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
+    monkeypatch.setattr(torch, "save", full)
+    expected = r"rotations\.pt: .*No space left on device.* saved before, if anything, is intact: continue with rcpconv"
+    with pytest.raises(NotSaved, match=expected):
+        train(checkpoint, text, tmp_path / "run", **SHORT)
+    assert not list((tmp_path / "run" / CHECKPOINTS).iterdir())
 
 
 def test_with_one_table_a_matrix_turns_what_the_head_takes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
