@@ -5,23 +5,17 @@ Puts the pieces together: plan, checkpoint, rotations, texts, training, baking, 
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from rcpconv import distributed
 from rcpconv.baking import bake_piece, lazy_baked, proven_hashes
@@ -43,16 +37,12 @@ from rcpconv.heldout import Text, default_text, read_text
 from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder, LazyDecoder, Piece
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, size, supposed_machine
-from rcpconv.prepare import Rotations, lazy_original, lazy_student, original_decoder, prepare
+from rcpconv.prepare import lazy_original, original_decoder
 from rcpconv.proof import hash_tensor
-from rcpconv.quantizers import Learning
-from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import (
     BAKED,
-    CHECKPOINTS,
     FAILED,
     FINISHED,
-    ROTATIONS,
     RUNNING,
     Run,
     created,
@@ -69,17 +59,13 @@ from rcpconv.runs import (
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.tensor_file import TensorWriter
 from rcpconv.train import checkpoints
-from rcpconv.train.chats import ChatRenderer
-from rcpconv.train.checkpoints import StateFile
+from rcpconv.train.beginning import lazy_untrained, learned_rotations, training_sequences, untrained_student
 from rcpconv.train.compiling import compiled_layers
 from rcpconv.train.loop import Trainer
 from rcpconv.train.memory import int8_teacher, narrow_weights
-from rcpconv.train.rotations import Keeping, learn_rotations
-from rcpconv.train.sampling import sample
-from rcpconv.train.stopping import Interrupted
+from rcpconv.train.stopping import stoppable
 from rcpconv.train.texts import HUB_PREFIX, read_source
-from rcpconv.train.tokens import Mixture, Sequences, cached, interleave
-from rcpconv.train.tokens import tokenize as tokenize_pieces
+from rcpconv.train.tokens import Mixture, Sequences
 from rcpformat import spec
 from rcpformat.accounting import account
 from rcpformat.architecture import Architecture
@@ -342,120 +328,9 @@ def keep_result(run: Run, pieces: Iterable[Piece], source: SourceModel) -> None:
     keep_hashes(run, weights, tensors)
 
 
-@contextmanager
-def stoppable(tell: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Interrupted, after `tell` has heard what happened, to say how to go on."""
-    caught: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
-    try:
-        yield
-    except Interrupted as stopped:
-        tell(f"{stopped}; everything is saved")
-        raise
-    except KeyboardInterrupt:
-        tell("Stopped")
-        raise Interrupted("Stopped", caught[0] if caught else signal.SIGINT) from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
-
-
 def _tell_to_resume(run: Run, happened: str, console: Console) -> None:
     console.print(
         f"{happened}. Continue with:\n  rcpconv quantize --resume {run.folder}", highlight=False, soft_wrap=True
-    )
-
-
-def learned_rotations(
-    run: Run,
-    plan: Plan,
-    source: SourceModel,
-    teacher: Callable[[], Decoder],
-    sequences: Sequences | Mixture,
-    console: Console,
-    state: StateFile | None = None,
-) -> LearnedRotations | None:
-    """What the run folder has, learned now where it has none; None where the plan wants none.
-
-    teacher: gives the original, whole. Until the rotations are learned, so is the student in every process, its layers
-    computed twice. state: where learning goes on from; by default in the run folder.
-    """
-    c, path = plan.config, run.folder / ROTATIONS
-    if state is None:
-        how = f"rcpconv quantize --resume {run.folder}"
-        state = StateFile(path=run.folder / CHECKPOINTS / "rotations.pt", how=how)
-    if not plan.rotation_batch:
-        return None
-    if not distributed.from_first(path.exists()):
-        assert c.batch_size is not None and c.grad_accum is not None and c.rotation_steps is not None
-        student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)
-        student.options = replace(student.options, checkpoint_layers=True)
-        size, all_of_step = plan.rotation_batch, c.batch_size * c.grad_accum
-
-        def batches(step: int) -> list[Tensor]:
-            own = distributed.own_sequences(step * all_of_step, size, all_of_step // size)
-            return [torch.from_numpy(sequences.batch(*each)).to(plan.machine.device) for each in own]
-
-        # A tenth of them at most is lost, where anything is saved before a stop.
-        every = min(c.checkpoint_every, math.ceil(c.rotation_steps / 10))
-        learned = learn_rotations(
-            student,
-            teacher(),
-            batches,
-            steps=c.rotation_steps,
-            rate=c.rotation_lr,
-            r1=c.r1,
-            r2=c.r2,
-            tell=lambda text: console.print(text, highlight=False),
-            keeping=Keeping(file=state, every=every),
-            low_memory=c.low_memory,
-        )
-        if not distributed.rank():
-            learned.save(path)
-        del student, learned
-        distributed.wait_for_all()
-    if not distributed.rank():
-        state.delete()
-    return LearnedRotations.load(path)
-
-
-def untrained_student(plan: Plan, source: SourceModel, learned: LearnedRotations | None = None) -> Decoder:
-    """The model that a plan trains, as it starts; learned: see learned_rotations."""
-    return lazy_untrained(plan, source, learned).whole().to(plan.machine.device)
-
-
-def lazy_untrained(plan: Plan, source: SourceModel, learned: LearnedRotations | None = None, **how: Any) -> LazyDecoder:
-    """As untrained_student, piece by piece; how: see lazy_student."""
-    c, a = plan.config, plan.architecture
-    rotations = Rotations(r1=c.r1, r2=c.r2, r3=c.r3, r4=c.r4)
-    prepared = prepare(
-        source,
-        rotations=rotations,
-        one_table=a.tied_table,
-        head_matrix=a.head_matrix,
-        seed=c.seed,
-        learned=learned,
-    )
-    options = ComputeOptions(half=c.precision == "bf16", checkpoint_layers=c.grad_checkpointing == "on")
-    learning = Learning(
-        reach=c.weight_reach,
-        residual_levels=c.level_gradient == "residual",
-        fixed_range=c.weight_range == "fixed",
-    )
-    return lazy_student(
-        prepared,
-        plan.quantization,
-        options,
-        device=plan.machine.device,
-        learning=learning,
-        a_clip=c.a_clip,
-        **how,
     )
 
 
@@ -477,7 +352,7 @@ def _trained_student(run: Run, plan: Plan, source: SourceModel, windows: list[li
         return original_decoder(**how)
 
     with distributed.first_before_others():  # before any weights are read, unless they write the texts
-        sequences = _sequences(run, plan, source, teacher, console)
+        sequences = training_sequences(run, plan, source, teacher, console)
     learned = learned_rotations(run, plan, source, teacher, sequences, console)
     if distributed.processes() == 1 or config.starts_whole:
         student, original = untrained_student(plan, source, learned), teacher()
@@ -583,52 +458,3 @@ def check_texts(config: QuantizeConfig) -> None:
             next(stream, None)
     if config.eval_data is not None:
         evaluation_text(config.eval_data)
-
-
-def _sequences(
-    run: Run, plan: Plan, source: SourceModel, teacher: Callable[[], Decoder], console: Console
-) -> Sequences | Mixture:
-    """The training texts as tokens, from the run's cache or into it; sampled ones apart where there are others too."""
-    c = plan.config
-    assert c.seq_len is not None
-    seq_len, wanted = c.seq_len, plan.steps * plan.tokens_per_step
-    share = c.self_share if set(c.data) > {SELF} else 1.0
-
-    def sampled() -> Iterator[list[int]]:
-        return sampled_rows(c, source, share * wanted, teacher(), console)
-
-    def sequences(name: str, rows: Callable[[], Iterator[list[int]]]) -> Sequences:
-        path = run.folder / "tokens" / name
-        return Sequences(cached(path, rows, plan.architecture.vocab_size, wanted + seq_len), seq_len, c.seed)
-
-    if SELF not in c.data:
-        return sequences("train.npy", lambda: written_rows(c, source))
-    if share == 1.0:
-        return sequences("train.npy", sampled)
-    return Mixture(sequences("self.npy", sampled), sequences("train.npy", lambda: written_rows(c, source)), share)
-
-
-def written_rows(config: QuantizeConfig, source: SourceModel) -> Iterator[list[int]]:
-    """Rows of tokens of the training texts that somebody wrote."""
-    info, tokenizer = source.tokenizer.info, Tokenizer.from_str(source.tokenizer.json.decode())
-    with ChatRenderer(source.name, tokenizer, info) as render:
-        streams = [stream for name in config.data if name != SELF for stream in read_source(name, render)]
-        yield from tokenize_pieces(interleave(streams), tokenizer, info)
-
-
-def sampled_rows(
-    config: QuantizeConfig, source: SourceModel, wanted: float, teacher: Decoder, console: Console
-) -> Iterator[list[int]]:
-    """Rows of tokens sampled from the teacher, for a training on `wanted` of them."""
-    assert config.seq_len is not None
-    tokens = min(math.ceil(wanted / config.self_epochs), config.self_tokens)
-    yield from _sampled(teacher, source, tokens, config.seq_len, config.seed, console)
-
-
-def _sampled(
-    teacher: Decoder, source: SourceModel, tokens: int, seq_len: int, seed: int, console: Console
-) -> Iterable[list[int]]:
-    def tell(done: int) -> None:
-        console.print(f"sampled {done:,} of {tokens:,} tokens from the model", highlight=False)
-
-    return sample(teacher, source.tokenizer.info, tokens=tokens, seq_len=seq_len, seed=seed, tell=tell)

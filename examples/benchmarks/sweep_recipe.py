@@ -46,8 +46,9 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, look_at_machine, make_plan, visible_gpus
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import EVALUATION_WINDOW, keep_result, learned_rotations, new_run, untrained_student
+from rcpconv.quantize import EVALUATION_WINDOW, keep_result, new_run
 from rcpconv.runs import FINISHED, METRICS, Run, alone, now, replacing, write_json
+from rcpconv.train.beginning import learned_rotations, untrained_student
 from rcpconv.train.loop import Trainer
 from rcpconv.train.progress import read_metrics
 from rcpconv.train.sampling import sample

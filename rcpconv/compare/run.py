@@ -31,9 +31,9 @@ from rcpconv.errors import BadOption, NotEnoughMachine
 from rcpconv.generation import PROMPT_TOKENS
 from rcpconv.heldout import fetch_wikitext2
 from rcpconv.plan import Machine, Plan, look_at_machine, visible_gpus
-from rcpconv.quantize import check_texts, stoppable
+from rcpconv.quantize import check_texts
 from rcpconv.train.progress import duration
-from rcpconv.train.stopping import Interrupted
+from rcpconv.train.stopping import Interrupted, stoppable
 
 _SHAPE = ("seq_len", "batch_size", "grad_accum")
 _USABLE_MEMORY = 0.92

@@ -36,19 +36,12 @@ from rcpconv.layers import ComputeOptions
 from rcpconv.model import Decoder
 from rcpconv.plan import Machine, Plan, make_plan
 from rcpconv.prepare import original_decoder
-from rcpconv.quantize import (
-    evaluation_text,
-    keep_result,
-    learned_rotations,
-    new_run,
-    sampled_rows,
-    untrained_student,
-    written_rows,
-)
+from rcpconv.quantize import evaluation_text, keep_result, new_run
 from rcpconv.rotations import LearnedRotations
 from rcpconv.runs import FINISHED, METRICS, ROTATIONS, RUNNING, Run, alone, copy_file, locked, now, write_text
 from rcpconv.scheme import ComparisonQuantization
 from rcpconv.train import checkpoints
+from rcpconv.train.beginning import learned_rotations, sampled_rows, untrained_student, written_rows
 from rcpconv.train.checkpoints import StateFile
 from rcpconv.train.loop import Trainer
 from rcpconv.train.memory import int8_teacher

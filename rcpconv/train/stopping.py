@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a training takes them: it ends the step that it is in, saves, and says where it was."""
+"""Ctrl-C and SIGTERM: training ends its step, saves, and says where it was; everything else ends where it is."""
 
 from __future__ import annotations
 
@@ -56,3 +56,27 @@ def catching_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
         if caught and not acted:
             signal.raise_signal(caught[0])
+
+
+@contextmanager
+def stoppable(tell: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Interrupted, after `tell` has heard what happened, to say how to go on."""
+    caught: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except Interrupted as stopped:
+        tell(f"{stopped}; everything is saved")
+        raise
+    except KeyboardInterrupt:
+        tell("Stopped")
+        raise Interrupted("Stopped", caught[0] if caught else signal.SIGINT) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)

@@ -180,7 +180,7 @@ def test_rotations_are_learned_once_for_all_that_learn_the_same(
         learned.append(more["steps"])
         return learn_rotations(*arguments, **more)
 
-    monkeypatch.setattr("rcpconv.quantize.learn_rotations", counting)
+    monkeypatch.setattr("rcpconv.train.beginning.learn_rotations", counting)
     settings: dict[str, dict[str, Any]] = {
         "ldp": {},
         "seq": {"method": "seq"},
@@ -212,7 +212,7 @@ def test_rotations_that_were_stopped_go_on_in_whichever_training_comes_next(
 
         return learn_rotations(*arguments, tell=hear, **more)
 
-    monkeypatch.setattr("rcpconv.quantize.learn_rotations", stopping)
+    monkeypatch.setattr("rcpconv.train.beginning.learn_rotations", stopping)
     ldp, seq = (Variant(name=name, settings={"method": name}) for name in ("ldp", "seq"))
     common, grid = SETTINGS | {"rotation_steps": 6}, (Rates(lr=1e-3),)
     with pytest.raises(Interrupted):
@@ -245,7 +245,7 @@ def test_rotations_that_diverge_are_learned_once_and_fail_every_row(
         tried.append(more["steps"])
         raise TrainingDiverged("rotations: step 1: KL is not finite. Try --rotation-lr 1e-3")
 
-    monkeypatch.setattr("rcpconv.quantize.learn_rotations", diverging)
+    monkeypatch.setattr("rcpconv.train.beginning.learn_rotations", diverging)
     variants = tuple(Variant(name=name, settings={"method": name}) for name in ("ldp", "seq"))
     common, grid = SETTINGS | {"rotation_steps": 2}, (Rates(lr=1e-3),)
     summary = work(place, tmp_path / "out", variants=variants, common=common, grid=grid, seeds=1)

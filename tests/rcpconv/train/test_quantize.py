@@ -473,7 +473,7 @@ def test_texts_that_fail_late_leave_no_new_run_but_keep_an_old_one(
         train(checkpoint, rows, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
-    monkeypatch.setattr("rcpconv.quantize.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("rcpconv.train.beginning.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted):
         train(checkpoint, copy, tmp_path / "a")
     monkeypatch.undo()
@@ -515,7 +515,7 @@ def test_a_run_goes_on_from_any_folder(
     (tmp_path / "link.txt").symlink_to("text.txt")
     (tmp_path / "tiny").symlink_to(checkpoint)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rcpconv.quantize.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("rcpconv.train.beginning.cached", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted):
         train(Path("tiny"), Path("text.txt"), Path("a"), eval_data="text.txt", max_eval_tokens=100, steps=2)
     monkeypatch.undo()
@@ -533,7 +533,7 @@ def test_a_run_goes_on_from_any_folder(
 def test_stopped_before_the_first_step_it_says_how_to_go_on(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("rcpconv.quantize.prepare", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr("rcpconv.train.beginning.prepare", lambda *_, **__: os.kill(os.getpid(), number))
     output = io.StringIO()
     with pytest.raises(Interrupted) as stopped:
         quantize(

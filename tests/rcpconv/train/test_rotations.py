@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rcpconv.prepare as preparing
-import rcpconv.quantize as quantizing
+import rcpconv.train.beginning as beginning
 from rcpconv.baking import baked_decoder
 from rcpconv.checkpoint import load_source
 from rcpconv.config import QuantizeConfig
@@ -220,7 +220,7 @@ def uninterrupted(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPat
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, lines: int, number: int) -> list[str]:
     """Send this process a signal when that many lines were said of rotations; gives what is said."""
-    learn, told = quantizing.learn_rotations, []
+    learn, told = beginning.learn_rotations, []
 
     def learning(*args: Any, **how: Any) -> LearnedRotations:
         def tell(line: str) -> None:
@@ -231,7 +231,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, lines: int, number: int) -> lis
         return learn(*args, **how | {"tell": tell})
 
     monkeypatch.setattr("rcpconv.plan.LEAST_ROTATION_STEPS", 4)
-    monkeypatch.setattr(quantizing, "learn_rotations", learning)
+    monkeypatch.setattr(beginning, "learn_rotations", learning)
     return told
 
 
