@@ -18,7 +18,7 @@
 #     resume         kill -9 in training, resume, the same bytes as uninterrupted              125 s
 #     resume-gpus    the same by two GPUs, with int8 states and bfloat16 weights                 172 s
 #     gpus-1b        losses, speed and memory on one GPU, twice, and on two, 32 sequences       251 s
-#     gpus-tests     losses of tiny models on two GPUs, which are those of one; three cases of 50 s  about 150 s
+#     gpus-tests     losses of tiny models on two GPUs, which are those of one; four cases of 50 s   about 200 s
 #     gpus-7b        gpus-1b's for 7B, on two GPUs alone, 16 sequences                          180 s
 #     gpus-7b-80, gpus-7b-48   7B with --low-memory and so many GiB of each of two GPUs     165 s, 206 s
 #
