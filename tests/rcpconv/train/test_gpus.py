@@ -68,4 +68,4 @@ def test_two_gpus_learn_the_rotations_of_one(tmp_path: Path, device: str) -> Non
     for a, b in ((one.r1_CC, two.r1_CC), (one.r2_LDD, two.r2_LDD)):
         assert a is not None and b is not None
         moved = (a - torch.eye(a.shape[-1])).norm()
-        assert moved > 0.1 and (a - b).norm() < 1e-2 * moved
+        assert moved > 0.1 and (a - b).norm() < (1e-5 if device == "cpu" else 1e-2) * moved
