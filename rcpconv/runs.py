@@ -111,7 +111,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where `replacing` has what will replace `path`; a kill leaves it there."""
+    """Where what will be at `path` is written first; a kill leaves it there."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -98,11 +98,11 @@ def learned_rotations(
     computed twice. state: where learning goes on from; by default in the run folder.
     """
     c, path = plan.config, run.folder / ROTATIONS
+    if not plan.rotation_batch:
+        return None
     if state is None:
         how = f"rcpconv quantize --resume {run.folder}"
         state = StateFile(path=run.folder / CHECKPOINTS / "rotations.pt", how=how)
-    if not plan.rotation_batch:
-        return None
     if not distributed.from_first(path.exists()):
         assert c.batch_size is not None and c.grad_accum is not None and c.rotation_steps is not None
         student = lazy_untrained(plan, source, initialise=False).whole().to(plan.machine.device)

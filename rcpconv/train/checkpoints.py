@@ -105,7 +105,7 @@ def _without_checksums() -> Iterator[None]:
 
 def _save_parts(path: Path, state: dict[str, Any]) -> None:
     """Every process writes what it has into a folder beside `path`, which then becomes `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     if not distributed.rank():
         with saving(path):
             shutil.rmtree(temporary, ignore_errors=True)

@@ -262,7 +262,8 @@ class Trainer:
                         metrics.append(line)
                         progress.log(line, self.tokens_per_step)
                     paused = time.perf_counter()
-                    kept, number = last and self.keep and c.checkpoint_every > 0, stopped()
+                    kept = last and self.keep and c.checkpoint_every > 0
+                    number = stopped()  # once: what comes later is the next step's, or else it would not be saved
                     if number or kept or (c.checkpoint_every and counters.step % c.checkpoint_every == 0):
                         self._save(metrics)
                         if paused - plotted > _PLOT_SECONDS:
