@@ -52,6 +52,8 @@ _FORM = ("group_size", "group_size_of", "a_bits", "kv_bits", "head_bits", "embed
 """Settings that make a model larger, or easier to quantize: not a method's merit."""
 _FAMILIES = {"ldp-udq": "ldp", "lc": "ldp"}
 """Methods that are ablations of another one."""
+_VALIDATION_TOKENS, _OF_THE_DEMO = 60_000, 20_000
+"""Kept back from training texts, and from the demo's, which is small."""
 _HASHED_BYTES = 1 << 20
 _MAY_CHANGE = ("variants", "seeds", "best", "grid")
 """Fields that may differ when a folder is continued: they say which cells there are, not what is in one."""
@@ -145,7 +147,8 @@ class Comparison:
     seeds: int
     best: int
     """How many methods are trained with all seeds, each in its best variant."""
-    validation_tokens: int
+    validation_tokens: int = 0
+    """Kept back from the training text. 0 = what suits it."""
     curve_points: int
     window: int
     max_eval_tokens: int | None = None
@@ -159,9 +162,11 @@ class Comparison:
         data = self.data or tuple(suiting.get("data", (standard,)))
         elsewhere = (*_ELSEWHERE, *_ONLY_OF_A_VARIANT, "steps")
         suiting = {name: value for name, value in suiting.items() if name not in elsewhere}
+        little = DEMO in data and set(data) <= {DEMO, SELF}
         for name, value in (
             ("common", suiting | self.common),
             ("data", tuple(map(_located, data))),
+            ("validation_tokens", self.validation_tokens or (_OF_THE_DEMO if little else _VALIDATION_TOKENS)),
             ("text", _located(self.text or standard)),
             ("model", _located(self.model)),
         ):

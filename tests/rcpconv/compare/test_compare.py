@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 import os
 import shutil
 import signal
@@ -637,6 +638,23 @@ def test_side_by_side_every_cell_is_done_once_and_variants_stay_where_they_were_
 def test_side_by_side_gives_the_same_figures(finished: Path, place: Path, tmp_path: Path) -> None:
     work(place, tmp_path / "out", keep_runs=True, generations=3, jobs=2)
     assert without_times(tmp_path / "out") == without_times(finished)
+
+
+def test_the_demos_text_is_enough_to_keep_some_back(tmp_path: Path) -> None:
+    options = ["--data", "demo", "--only", "rtn", "--max-eval-tokens", "0.2k", "--device", "cpu"]
+    shown = CliRunner().invoke(main, ["compare", "demo", "--out", str(tmp_path / "out"), *options])
+    assert shown.exit_code == 0, shown.output
+    assert "20,000 tokens kept back" in shown.output
+
+
+@pytest.mark.slow
+def test_the_readmes_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in readme.splitlines() if line.startswith("rcpconv compare demo ")]
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+    assert shown.exit_code == 0, shown.output
+    assert "| seq |" in (tmp_path / "cmp" / "compare.md").read_text(encoding="utf-8")
 
 
 def test_the_command_with_the_demo(tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def test_bundled_variants_have_every_method_and_can_all_be_built() -> None:
     assert whole.config(Cell(kind=FINAL, variant="ldp-untrained")).steps == 0
 
 
+@pytest.mark.parametrize(
+    ("data", "tokens"), [(("demo",), 20_000), (("self", "demo"), 20_000), ((), 60_000), (("demo", __file__), 60_000)]
+)
+def test_how_much_text_is_kept_back_by_itself(data: tuple[str, ...], tokens: int) -> None:
+    assert comparison(data=data, validation_tokens=0).validation_tokens == tokens
+
+
 def test_every_trained_variant_is_swept_over_the_same_grid() -> None:
     _, variants = plan.read_variants(None)
     whole = comparison(variants=variants)
