@@ -3,8 +3,8 @@
 import dataclasses
 import io
 import json
-import shlex
 import os
+import shlex
 import shutil
 import signal
 import tarfile
